@@ -1,0 +1,1 @@
+"""What every room may use: errors, registries, specs, result files. Nothing here imports torch."""

@@ -1,0 +1,118 @@
+"""Writing files so that nothing is ever half-written: a temporary neighbour first, then one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kronfold.base.errors import OutputError
+
+
+def _explain(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"Could not write {path}: {error.strerror or error}. What was there before is unchanged. "
+        "Free some space, fix the permissions, or choose another place with -o/--output."
+    )
+
+
+def check_output(path: str | Path, overwrite: bool = False, allow_existing: bool = False) -> Path:
+    """Refuse early: the output may not exist yet (unless `overwrite` or `allow_existing`) and must be writable.
+
+    Returns the path. An empty directory counts as not existing. Raises OutputError.
+    """
+    path = Path(path)
+    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if taken and not (overwrite or allow_existing):
+        raise OutputError(f"{path} exists already. Choose another -o/--output, or pass --overwrite to replace it.")
+    parent = path if path.is_dir() else path.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise OutputError(f"Cannot write to {path}: {parent} is a file, not a directory. Choose another -o/--output.")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"Cannot write to {path}: {error.strerror} in {parent}. Choose another -o/--output or fix the permissions."
+        ) from error
+    return path
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary directory beside `path`; on success it takes the name `path`, on failure it vanishes.
+
+    With `overwrite` an old directory is moved aside first and deleted only after the new one is in place.
+    Raises OutputError when the place is taken or cannot be written.
+    """
+    path = check_output(path, overwrite)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise _explain(path, error) from error
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        _swap(scratch, path)
+    except OSError as error:
+        raise _explain(path, error) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _swap(scratch: Path, path: Path) -> None:
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    if path.exists():
+        path.rename(old)
+    try:
+        scratch.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    if old.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 file atomically (same directory, then rename). Raises OutputError."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise _explain(path, error) from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        raise _explain(path, error) from error
+
+
+def write_json(path: str | Path, document: Any) -> None:
+    """Write a JSON document atomically, indented, keys in the order given. Raises OutputError."""
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256_of(*paths: str | Path) -> str:
+    """Hex SHA-256 over the bytes of the files, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

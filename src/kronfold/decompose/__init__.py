@@ -1,0 +1,1 @@
+"""Pure solvers: tensor in, factors out. They know no models."""
