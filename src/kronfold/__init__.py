@@ -1,0 +1,44 @@
+"""kronfold: make GPT-style language models smaller with permuted Kronecker products, and heal them by distillation.
+
+    import kronfold as kf
+    student = kf.compress(teacher, "tqcompressor")
+    kf.heal(student, teacher, blocks)
+    student.save_pretrained("out")          # loads with AutoModelForCausalLM.from_pretrained after `import kronfold`
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from kronfold.export import autoload
+
+__version__ = "0.1.0"
+
+# Public names and where they live; imported on first use, so that `import kronfold` stays light.
+_PUBLIC = {
+    "KroneckerSpec": "kronfold.base.specs",
+    "nearest_kronecker": "kronfold.decompose.nearest",
+    "permuted_kronecker": "kronfold.decompose.permute",
+    "plan": "kronfold.pipelines.compress",
+    "compress": "kronfold.pipelines.compress",
+    "heal": "kronfold.train.heal",
+    "perplexity": "kronfold.evaluate.perplexity",
+    "to_dense": "kronfold.export.dense",
+}
+__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'kronfold' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+autoload.install()

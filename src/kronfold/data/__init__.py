@@ -1,0 +1,1 @@
+"""Text sources, cleaning, tokenising and packing; no models."""

@@ -1,0 +1,80 @@
+"""Documents to token blocks of equal length, the training unit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from kronfold.base.errors import DataError
+
+_BATCH = 256  # documents per call of the tokenizer
+
+
+class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
+    """A map-style dataset of packed blocks: item i is {"input_ids": (block_size,), "labels": the same}, int64.
+
+    `ids`: (blocks, block_size) uint16 or uint32. The labels are not shifted; `transformers` models shift inside.
+    Order is fixed, so that the Trainer's seeded sampler can shuffle it and resume at any position.
+    """
+
+    def __init__(self, ids: np.ndarray) -> None:
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        block = torch.from_numpy(self.ids[index].astype(np.int64))
+        return {"input_ids": block, "labels": block}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens held: blocks times block_size."""
+        return int(self.ids.size)
+
+    @property
+    def sha256(self) -> str:
+        """Hex SHA-256 of the token ids as little-endian uint32: equal for equal data, whatever the storage."""
+        return hashlib.sha256(self.ids.astype("<u4").tobytes()).hexdigest()
+
+
+def encode_documents(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Token ids of each document, without special tokens, tokenised in batches."""
+    source = iter(documents)
+    while batch := list(islice(source, _BATCH)):
+        yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def pack(
+    documents: Iterable[str], tokenizer: Any, block_size: int, *, max_tokens: int | None = None
+) -> TokenBlocks:
+    """Tokenise, join with the end-of-text token after every document, cut into blocks of `block_size` tokens.
+
+    The rest that does not fill a block is dropped. `max_tokens`: read no further than this many tokens (rounded
+    down to whole blocks). Raises DataError for a tokenizer without end-of-text token or less than one block.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError("The tokenizer has no end-of-text token; set tokenizer.eos_token before packing.")
+    if max_tokens is not None and max_tokens < block_size:
+        raise DataError(f"max_tokens is {max_tokens}, less than one block of {block_size} tokens. Give more.")
+    dtype = np.uint16 if len(tokenizer) <= np.iinfo(np.uint16).max + 1 else np.uint32
+    pieces: list[np.ndarray] = []
+    count = 0
+    for ids in encode_documents(documents, tokenizer):
+        pieces.append(np.array([*ids, tokenizer.eos_token_id], dtype=dtype))
+        count += len(pieces[-1])
+        if max_tokens is not None and count >= max_tokens:
+            break
+    kept = (count if max_tokens is None else min(count, max_tokens)) // block_size
+    if kept == 0:
+        raise DataError(
+            f"The text holds {count} tokens, less than one block of {block_size}. Give more text or a smaller block."
+        )
+    flat = np.concatenate(pieces)[: kept * block_size]
+    return TokenBlocks(flat.reshape(kept, block_size))

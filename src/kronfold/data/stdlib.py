@@ -1,0 +1,132 @@
+"""English prose out of the Python installation itself: help topics, docstrings, comments; no network."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import json
+import platform
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kronfold.base.errors import DataError
+from kronfold.base.files import atomic_directory, write_json
+from kronfold.data.prose import paragraphs
+
+_EXCLUDED = frozenset(
+    "site-packages dist-packages __pycache__ test tests idlelib lib2to3 turtledemo ensurepip encodings "
+    "pydoc_data lib-dynload __phello__ _pyrepl".split()
+)
+_COMMENT = re.compile(r"\s*#+ ?(.*)")
+_SPLITS = ("train", "validation")
+
+
+def stdlib_documents(root: str | Path | None = None) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) for every help topic, docstring and longer comment that holds prose; paragraphs separated by "\\n\\n".
+
+    `root`: a directory of Python sources instead of the running installation (topics are then left out).
+    A paragraph that came before, in any document, is dropped, so no sentence block is in two documents. The
+    order is fixed: topics by name, then files by path, then docstrings and comments by line.
+    """
+    seen: set[str] = set()
+    for name, raw in _raw_documents(root):
+        fresh = [paragraph for paragraph in paragraphs(raw) if paragraph not in seen]
+        seen.update(fresh)
+        if fresh:
+            yield name, "\n\n".join(fresh)
+
+
+def _raw_documents(root: str | Path | None) -> Iterator[tuple[str, str]]:
+    if root is None:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+        yield from ((f"topic:{name}", topics[name]) for name in sorted(topics))
+    library = Path(root or sysconfig.get_path("stdlib"))
+    files = (path.relative_to(library) for path in library.rglob("*.py"))
+    for path in sorted((p for p in files if not _is_excluded(p)), key=lambda p: p.as_posix()):
+        yield from ((f"{path.as_posix()}:{line}", text) for line, text in _texts(library / path))
+
+
+def _is_excluded(path: Path) -> bool:
+    return any(part in _EXCLUDED or part.startswith("config-") for part in path.parts)
+
+
+def _texts(path: Path) -> list[tuple[int, str]]:
+    """(line, text) of the docstrings and of the comment blocks of two lines and more, by line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escape sequences inside the files are not our concern
+            tree = ast.parse(content := path.read_bytes())
+        lines = content.decode().splitlines()
+    except (SyntaxError, ValueError, OSError):  # templates and files of an older encoding: a handful, no loss
+        return []
+    found = _comments(lines)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node, clean=False)
+            if text:
+                found.append((getattr(node, "lineno", 1), text))
+    return sorted(found)
+
+
+def _comments(lines: list[str]) -> list[tuple[int, str]]:
+    found: list[tuple[int, str]] = []
+    block: list[str] = []
+    for number, line in enumerate([*lines, ""]):
+        comment = _COMMENT.match(line)
+        if comment:
+            block.append(comment.group(1))
+            continue
+        if len(block) > 1:  # one-liners narrate code; longer ones explain
+            found.append((number - len(block) + 1, "\n".join(block)))
+        block = []
+    return found
+
+
+def split_of(text: str, holdout: float) -> str:
+    """ "validation" for a share `holdout` of all texts, "train" otherwise, decided by SHA-256 of the text alone."""
+    share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    return "validation" if share < holdout else "train"
+
+
+def extract_stdlib(
+    output_dir: str | Path,
+    holdout: float = 0.04,
+    overwrite: bool = False,
+    root: str | Path | None = None,
+) -> dict[str, Any]:
+    """Write train.jsonl, validation.jsonl (rows of "text" and "source") and manifest.json; return the manifest.
+
+    `holdout`: share of documents in validation, in [0, 1). The result depends on the Python version, which the
+    manifest names together with documents, bytes (of text, UTF-8) and SHA-256 per split. Written atomically.
+    Raises DataError (no prose found, holdout out of range), OutputError (the place is taken or not writable).
+    """
+    if not 0 <= holdout < 1:
+        raise DataError(f"holdout is {holdout}; give a share of documents from 0 up to, not including, 1.")
+    rows: dict[str, list[str]] = {split: [] for split in _SPLITS}
+    text_bytes = dict.fromkeys(_SPLITS, 0)
+    for source, text in stdlib_documents(root):
+        split = split_of(text, holdout)
+        rows[split].append(json.dumps({"text": text, "source": source}, ensure_ascii=False) + "\n")
+        text_bytes[split] += len(text.encode())
+    if not rows["train"]:
+        raise DataError(
+            f"No documentation prose found under {root or sysconfig.get_path('stdlib')}. "
+            "This Python comes without sources or with docstrings stripped; use a standard installation."
+        )
+    manifest: dict[str, Any] = {"python": platform.python_version(), "holdout": holdout, "splits": {}}
+    with atomic_directory(output_dir, overwrite) as scratch:
+        for split in _SPLITS:
+            content = "".join(rows[split]).encode()
+            (scratch / f"{split}.jsonl").write_bytes(content)
+            manifest["splits"][split] = {
+                "documents": len(rows[split]),
+                "bytes": text_bytes[split],
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
+        write_json(scratch / "manifest.json", manifest)
+    return manifest

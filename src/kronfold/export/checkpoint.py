@@ -1,0 +1,43 @@
+"""Compare the headers of safetensors files with a model before a single weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kronfold.base.errors import CheckpointError
+from kronfold.models.safetensors_header import read_headers
+
+
+def check_tensors(model: PreTrainedModel, specs: Mapping[str, Any], files: Iterable[str | Path]) -> None:
+    """Raise CheckpointError unless the files hold every tensor of the structured modules, in the right shape.
+
+    transformers fills missing weights with random numbers and a warning; for factors that would be a silent ruin.
+    """
+    found = read_headers(files)
+    prefix = type(model).base_model_prefix + "."
+    faults = []
+    for name in specs:
+        module = model.get_submodule(name)
+        expected = {f"{name}.{key}": tuple(value.shape) for key, value in module.state_dict().items()}
+        given = {key for key in found if key.startswith((name + ".", prefix + name + "."))}
+        for key, shape in expected.items():
+            actual = found.get(key, found.get(prefix + key))
+            if actual is None:
+                faults.append(f"{key}: missing, expected shape {shape}")
+            elif actual != shape:
+                faults.append(f"{key}: shape {actual}, expected {shape}")
+        known = {key.removeprefix(prefix) for key in expected}
+        faults += [f"{key}: not part of this structure" for key in sorted(given) if key.removeprefix(prefix) not in known]
+    if faults:
+        more = f"\n  … and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise CheckpointError(
+            "The weights do not match the structures that config.json describes:\n  "
+            + "\n  ".join(faults[:8])
+            + more
+            + "\nconfig.json and the safetensors files belong to different checkpoints, or a file is incomplete; "
+            "restore both from one source."
+        )

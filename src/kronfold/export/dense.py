@@ -1,0 +1,60 @@
+"""Fold every structure back into plain weights: any runtime can load the result, and its size is the dense one again."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kronfold.models.families import family_of
+from kronfold.models.linear_view import LinearView, sites
+from kronfold.models.surgery import read_specs, replace_modules
+from kronfold.nn import FactorizedEmbedding, TiedHead
+
+
+def to_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """A plain transformers model with the same logits (to rounding). The given model is unchanged.
+
+    Raises InputError for an unknown model family.
+    """
+    family = family_of(model.config)
+    dense = copy.deepcopy(model)
+    for attribute in ("hf_quantizer", "quantization_method", "_tied_weights_keys", "all_tied_weights_keys"):
+        dense.__dict__.pop(attribute, None)
+    if hasattr(dense.config, "quantization_config"):
+        del dense.config.quantization_config
+    with torch.device("meta"):
+        skeleton = type(model)(dense.config)
+    views = sites(model)
+    plain: dict[str, nn.Module] = {}
+    for name in read_specs(model):
+        if name == family.head:
+            continue
+        own = [view for view in views.values() if view.module_name == name]
+        plain[name] = _materialise(skeleton.get_submodule(name), model.get_submodule(name), own)
+    if isinstance(model.get_submodule(family.head), TiedHead):
+        head = skeleton.get_submodule(family.head)
+        head.weight = plain[family.embedding].weight  # type: ignore[assignment]
+        plain[family.head] = head
+    replace_modules(dense, plain)
+    dense.all_tied_weights_keys = dense.get_expanded_tied_weights_keys(all_submodels=True)
+    return dense
+
+
+def _materialise(target: nn.Module, source: nn.Module, views: list[LinearView]) -> nn.Module:
+    """Give the empty stock module `target` the dense weight (and bias) that `source` stands for."""
+    with torch.no_grad():
+        if isinstance(source, FactorizedEmbedding):
+            weight, bias = source.dense_weight(), None
+        else:
+            weight = torch.cat([view.weight() for view in views])
+            biases = [view.bias() for view in views]
+            bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
+        if not isinstance(target, nn.Linear | nn.Embedding):
+            weight = weight.T  # Conv1D
+        target.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+        if bias is not None:
+            target.bias = nn.Parameter(bias.detach().clone())
+    return target

@@ -1,0 +1,150 @@
+"""The loading route: `config.json` keeps its model_type and carries the specs under `quantization_config`.
+
+transformers calls the quantizer on the empty skeleton before any weight is read; that is where the structured modules
+go in and where a checkpoint that does not fit is refused.
+
+This file is imported while transformers itself is being imported (see autoload), so it may need nothing of it but the
+quantizer classes; the rooms that work on models are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from kronfold.base.errors import CheckpointError
+from kronfold.base.results import versions
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+METHOD = "kronfold"
+FORMAT_VERSION = 1
+
+
+class KronfoldConfig(QuantizationConfigMixin):
+    """What config.json says about a compressed model.
+
+    Args:
+        specs: module name -> spec of the structured module there.
+        format_version: layout of this entry; newer ones than this version knows are refused.
+        kronfold_version: the version that wrote the checkpoint, for the record.
+
+    Raises:
+        CheckpointError: a newer format, or specs that are no mapping.
+    """
+
+    def __init__(
+        self,
+        specs: dict[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        kronfold_version: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        unknown.pop("quant_method", None)
+        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"This checkpoint has kronfold format version {format_version!r}; this kronfold "
+                f"({versions().get('kronfold')}) reads up to {FORMAT_VERSION}. Upgrade: pip install -U kronfold."
+            )
+        if not isinstance(specs, dict) or unknown:
+            raise CheckpointError(
+                "quantization_config of config.json is not what kronfold writes: "
+                + (f"unknown keys {sorted(unknown)}" if unknown else f"'specs' is {type(specs).__name__}, not a mapping")
+                + ". The config is damaged or edited; restore it from the original checkpoint."
+            )
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.format_version = format_version
+        self.kronfold_version = kronfold_version or versions().get("kronfold")
+        self.specs = specs
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self.__dict__)
+
+
+class KronfoldQuantizer(HfQuantizer):
+    """Puts empty structured modules into the skeleton; the weights are then read like any others."""
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
+        from kronfold.export.checkpoint import check_tensors
+        from kronfold.models.surgery import build_skeleton
+
+        specs = _for_class(model, self.quantization_config.specs)
+        build_skeleton(model, specs)
+        if checkpoint_files:
+            check_tensors(model, specs, checkpoint_files)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        # The factors are ordinary floating-point parameters: .half(), .float() and full training stay allowed.
+        model.is_quantized = False
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        from kronfold.models.surgery import read_specs
+
+        # Called when saving: write down what the model is now, which later stages may have changed.
+        self.quantization_config.specs = read_specs(model)
+        return None, {"kronfold": str(versions().get("kronfold"))}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        from kronfold.export.dense import to_dense
+
+        return to_dense(model).to(dtype)
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _for_class(model: PreTrainedModel, specs: dict[str, Any]) -> dict[str, Any]:
+    """Specs named as in the causal model, renamed for the class being loaded (its bare body has no prefix, no head)."""
+    modules = dict(model.named_modules())
+    prefix = type(model).base_model_prefix + "."
+    has_body = any(name.startswith(prefix) for name in modules)
+    renamed = {}
+    for name, spec in specs.items():
+        own = name.removeprefix(prefix) if not has_body else name
+        if spec.get("structure") == "tied_head" and own not in modules:
+            continue
+        renamed[own] = spec
+    return renamed
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Make a model that was just operated on save itself as a kronfold checkpoint (`model.save_pretrained`)."""
+    from kronfold.models.surgery import read_specs
+
+    config = KronfoldConfig(read_specs(model))
+    model.config.quantization_config = config
+    model.hf_quantizer = KronfoldQuantizer(config)  # type: ignore[assignment]
+    model.quantization_method = METHOD
+
+
+def register() -> None:
+    """Tell transformers about the method "kronfold". Idempotent."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(KronfoldConfig)
+        register_quantizer(METHOD)(KronfoldQuantizer)

@@ -1,0 +1,131 @@
+"""One view on every weight that can be compressed: canonical orientation (out, in), whatever holds it.
+
+GPT-2 keeps its linear layers as `Conv1D`, transposed, and q, k, v in one matrix; both facts end here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from kronfold.models.families import Family, family_of
+from kronfold.nn import FactorizedEmbedding, FusedLinear, KroneckerLinear
+
+DENSE_LINEAR = (nn.Linear, Conv1D)
+
+
+@dataclass(frozen=True)
+class LinearView:
+    """A compressible weight of a model ("site").
+
+    Attributes:
+        name: dotted site name, e.g. `transformer.h.1.mlp.c_fc`; a part of a fused layer adds its own name:
+            `transformer.h.1.attn.c_attn.q`.
+        kind: "linear" or "embedding".
+        module: the module that holds the weight (the whole fused layer for a part). module_name: its dotted name.
+        part: name of the part of a fused layer, or None.
+        rows: the outputs of `module` this weight gives, as (start, stop).
+        block: 0-based block index, or None outside the blocks.
+        part_names: names of all parts of the fused layer, empty for any other.
+    """
+
+    name: str
+    kind: Literal["linear", "embedding"]
+    module: nn.Module
+    module_name: str
+    part: str | None
+    rows: tuple[int, int]
+    block: int | None
+    part_names: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features); for an embedding (vocabulary, stored width)."""
+        if isinstance(self.module, nn.Embedding | FactorizedEmbedding):
+            return (self.module.weight.shape[0], self.module.weight.shape[1])
+        return (self.rows[1] - self.rows[0], in_features(self.module))
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the weight is still one plain matrix."""
+        layer = self._layer()
+        return isinstance(layer, (*DENSE_LINEAR, nn.Embedding))
+
+    def _layer(self) -> nn.Module:
+        if self.part is not None and isinstance(self.module, FusedLinear):
+            return self.module.parts[self.part]
+        return self.module
+
+    def weight(self) -> Tensor:
+        """The dense weight (out_features, in_features), detached; for a factorised embedding its stored matrix."""
+        layer = self._layer()
+        with torch.no_grad():
+            if isinstance(layer, Conv1D):
+                return layer.weight.detach()[:, self.rows[0] : self.rows[1]].T
+            if isinstance(layer, KroneckerLinear):
+                return layer.dense_weight()
+            weight = layer.weight.detach()  # type: ignore[union-attr]
+            whole = layer is not self.module or self.kind == "embedding"
+            return weight if whole else weight[self.rows[0] : self.rows[1]]  # type: ignore[index]
+
+    def bias(self) -> Tensor | None:
+        """The bias entries of these outputs, detached, or None."""
+        layer = self._layer()
+        bias = getattr(layer, "bias", None)
+        if bias is None:
+            return None
+        return bias.detach() if layer is not self.module else bias.detach()[self.rows[0] : self.rows[1]]
+
+
+def in_features(module: nn.Module) -> int:
+    """Input width of a Linear, Conv1D or structured layer."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0]
+    if isinstance(module, FusedLinear):
+        return next(iter(module.parts.values())).in_features  # type: ignore[return-value]
+    return module.in_features  # type: ignore[return-value]
+
+
+def out_features(module: nn.Module) -> int:
+    """Output width of a Linear, Conv1D or structured layer."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[1]
+    if isinstance(module, FusedLinear):
+        return sum(out_features(part) for part in module.parts.values())
+    return module.out_features  # type: ignore[return-value]
+
+
+def sites(model: PreTrainedModel) -> dict[str, LinearView]:
+    """All compressible weights of a model by site name, in model order. Works on the meta device.
+
+    The LM head is no site of its own: tied it follows the embedding, untied it stays as it is.
+    Raises InputError for an unknown model family.
+    """
+    return {view.name: view for view in _walk(model, family_of(model.config))}
+
+
+def _walk(model: PreTrainedModel, family: Family) -> Iterator[LinearView]:
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name == family.head or (inside and name.startswith(inside)):
+            continue
+        block = family.block_index(name)
+        if name == family.embedding:
+            inside = (*inside, name + ".")
+            yield LinearView(name, "embedding", module, name, None, (0, module.weight.shape[0]), block)  # type: ignore[index, union-attr]
+        elif isinstance(module, (*DENSE_LINEAR, FusedLinear, KroneckerLinear)):
+            inside = (*inside, name + ".")
+            parts = family.parts_of(name)
+            width = out_features(module)
+            if parts is None:
+                yield LinearView(name, "linear", module, name, None, (0, width), block)
+                continue
+            step = width // len(parts)
+            for i, part in enumerate(parts):
+                yield LinearView(f"{name}.{part}", "linear", module, name, part, (i * step, (i + 1) * step), block, parts)

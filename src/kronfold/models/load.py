@@ -1,0 +1,164 @@
+"""Open what the user calls MODEL: a hub id, a local directory, a .gguf file, or config:NAME.
+
+Local files are checked before they are read, so that a damaged checkpoint gives one clear sentence.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from kronfold.base.errors import CheckpointError, InputError
+from kronfold.models.presets import preset_config
+from kronfold.models.safetensors_header import read_headers
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def read_dtype(name: str) -> torch.dtype:
+    """A dtype by name. Raises InputError with the names allowed."""
+    if name not in DTYPES:
+        raise InputError(f"Unknown dtype {name!r}. Allowed: {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def load_config(source: str | Path) -> PretrainedConfig:
+    """The config of MODEL, without its weights. Raises InputError or CheckpointError."""
+    text = str(source)
+    if text.startswith("config:"):
+        path = Path(text.removeprefix("config:"))
+        return AutoConfig.from_pretrained(path) if path.exists() else preset_config(str(path))
+    if text.endswith(".gguf"):
+        return AutoConfig.from_pretrained(_gguf(text).parent, gguf_file=_gguf(text).name)
+    if (local := _local(text)) is not None:
+        _check_config(local)
+    return _from_pretrained(AutoConfig, text)
+
+
+def load_model(source: str | Path, dtype: torch.dtype | str = torch.float32, device: str = "cpu") -> PreTrainedModel:
+    """MODEL with its weights, in eval mode. `dtype` "auto" keeps that of the file.
+
+    Raises:
+        CheckpointError: config or weights missing, cut short, or not matching each other.
+        InputError: a config:NAME, which has no weights; an unknown hub id without network.
+    """
+    text = str(source)
+    if text.startswith("config:"):
+        raise InputError(f"{text} names a size, not weights; it can be planned, not run. Give a model directory or hub id.")
+    if text.endswith(".gguf"):
+        return _load_gguf(_gguf(text), dtype).to(device)
+    local = _local(text)
+    if local is not None:
+        _check_config(local)
+        _check_weights(local)
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # what the load report would warn about is raised below
+    try:
+        model, info = _from_pretrained(
+            AutoModelForCausalLM, text, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    finally:
+        hf_logging.set_verbosity(level)
+    faults = [f"missing: {key}" for key in sorted(info["missing_keys"])]
+    faults += [f"wrong shape: {key}" for key, *_ in sorted(info["mismatched_keys"])]
+    if faults:
+        shown = "\n  ".join(faults[:8]) + (f"\n  … and {len(faults) - 8} more" if len(faults) > 8 else "")
+        raise CheckpointError(
+            f"The weights in {text} do not match its config.json:\n  {shown}\n"
+            "Take both files from the same checkpoint."
+        )
+    return model.to(device)
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer that belongs to MODEL. Raises CheckpointError when there is none."""
+    text = str(source)
+    if text.endswith(".gguf"):
+        return AutoTokenizer.from_pretrained(_gguf(text).parent, gguf_file=_gguf(text).name)
+    local = _local(text)
+    if local is not None and not any((local / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+        raise CheckpointError(
+            f"There is no tokenizer in {local} (looked for tokenizer.json, vocab.json, tokenizer.model). "
+            "Copy the tokenizer files of the original model there, or name another with --tokenizer."
+        )
+    return _from_pretrained(AutoTokenizer, text)
+
+
+def _local(text: str) -> Path | None:
+    """The directory meant, None for a hub id. What looks like a path must exist."""
+    path = Path(text)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{text} is a file. Give the directory that holds config.json, or a .gguf file.")
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise InputError(f"There is no directory {text}. Give a model directory, a hub id such as openai-community/gpt2, "
+                         "a .gguf file, or config:NAME.")
+    return None
+
+
+def _from_pretrained(factory: Any, text: str, **options: Any) -> Any:
+    try:
+        return factory.from_pretrained(text, **options)
+    except (InputError, MemoryError):
+        raise
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"Could not open {text!r}: {first} If it is a local model, give its directory; if it is a hub id, check the "
+            "name and the network."
+        ) from error
+
+
+def _check_config(path: Path) -> None:
+    config = path / "config.json"
+    if not config.is_file():
+        raise CheckpointError(f"{path} holds no config.json, so it is no model directory.")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{config} is not valid JSON ({error}). Restore it from the original checkpoint.") from error
+
+
+def _check_weights(path: Path) -> None:
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"{path} holds no .safetensors file. kronfold reads safetensors only; convert other formats with "
+            "model.save_pretrained(...) of transformers first."
+        )
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(wanted - {file.name for file in files})
+        if missing:
+            raise CheckpointError(f"{path} lacks the shards {', '.join(missing)} named in {index.name}. Copy them too.")
+    read_headers(files)
+
+
+def _gguf(text: str) -> Path:
+    path = Path(text)
+    if not path.is_file():
+        raise InputError(f"There is no file {text}.")
+    return path
+
+
+def _load_gguf(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """Dequantise a .gguf file into a plain model that can be trained and saved again."""
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    except ImportError as error:
+        raise InputError(f"Reading {path.name} needs the gguf package: pip install 'kronfold[gguf]'.") from error
+    config = type(loaded.config).from_dict(
+        {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.tie_weights()
+    return model.eval()

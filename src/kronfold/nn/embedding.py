@@ -1,0 +1,193 @@
+"""A token embedding held in factors, and the language-model head that reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kronfold.base.errors import ShapeError
+
+
+class ColumnExpansion(nn.Module):
+    """One Kronecker level of an embedding: width·rank stored columns become width·block columns.
+
+    With A = [A_1 ... A_rank] of shape (V, rank·width), the level stands for `Σ_k A_k ⊗ b_k` with its columns gathered:
+    the row factor of every B_k is 1, so only columns are mixed.
+
+    Parameters: `b` (rank, block). Buffer: `gather` (width·block,) int32, or None.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        block: int,
+        rank: int = 1,
+        permute: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.width, self.block, self.rank = width, block, rank
+        self.b = nn.Parameter(torch.full((rank, block), block**-0.5, device=device, dtype=dtype))
+        identity = torch.arange(width * block, dtype=torch.int32, device=device)
+        self.register_buffer("gather", identity if permute else None)
+
+    @property
+    def in_width(self) -> int:
+        return self.rank * self.width
+
+    @property
+    def out_width(self) -> int:
+        return self.width * self.block
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., rank·width); returns (..., width·block)."""
+        terms = x.reshape(*x.shape[:-1], self.rank, self.width)
+        wide = torch.einsum("...rw,rn->...wn", terms, self.b).reshape(*x.shape[:-1], self.out_width)
+        return wide if self.gather is None else torch.index_select(wide, -1, self.gather)
+
+    def to_spec(self) -> dict[str, Any]:
+        return {"block": self.block, "rank": self.rank, "permute": self.gather is not None}
+
+
+class FactorizedEmbedding(nn.Module):
+    """An embedding `E = weight · G`, where G (width, embedding_dim) is the product of the levels' small factors.
+
+    Args:
+        num_embeddings: vocabulary size V. embedding_dim: width of the looked-up vectors.
+        levels: from the outermost (whose output is the embedding) inwards, dicts with `block` (how many columns one
+            stored column serves), `rank` (default 1) and `permute` (default False).
+
+    Parameters: `weight` (V, stored width), `levels.i.b`. TQCompressor's embedding is two levels of block 2:
+    50257 x 192 numbers and two factors of 2.
+
+    Raises:
+        ShapeError: a block that does not divide the width it meets.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        levels: Sequence[dict[str, Any]],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        width, built = embedding_dim, []
+        for level in levels:
+            if width % level["block"]:
+                raise ShapeError(f"Embedding level {dict(level)}: block {level['block']} does not divide width {width}.")
+            arguments = {"rank": 1, "permute": False, **level}
+            built.append(ColumnExpansion(width // level["block"], **arguments, device=device, dtype=dtype))
+            width = built[-1].in_width
+        self.levels = nn.ModuleList(built)
+        self.weight = nn.Parameter(torch.empty(num_embeddings, width, device=device, dtype=dtype))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def expansion(self) -> Tensor:
+        """G, (stored width, embedding_dim). Small (192 x 768 for GPT-2), so it is built anew on each call."""
+        g = torch.eye(self.weight.shape[1], device=self.weight.device, dtype=self.weight.dtype)
+        for level in reversed(self.levels):
+            g = level(g)
+        return g
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: (...) integers; returns (..., embedding_dim)."""
+        return F.embedding(ids, self.weight) @ self.expansion()
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """`hidden · Eᵀ` without forming E: (..., embedding_dim) -> (..., V)."""
+        return F.linear(F.linear(hidden, self.expansion()), self.weight)
+
+    def dense_weight(self) -> Tensor:
+        """E, (V, embedding_dim)."""
+        return self.weight @ self.expansion()
+
+    def macs_per_token(self) -> float:
+        """Multiply-accumulates to expand one looked-up row."""
+        return self.weight.shape[1] * self.embedding_dim
+
+    def add_level(self, b: Tensor, perm: Tensor | None, weight: Tensor) -> FactorizedEmbedding:
+        """A new module with one more (innermost) level: `self.weight[:, perm] ≈ Σ_k weight_k ⊗ b[k]`.
+
+        Args:
+            b: (rank, block). perm: (stored width,) or None. weight: (rank, V, stored width / block).
+        """
+        level = {"block": b.shape[1], "rank": b.shape[0], "permute": perm is not None}
+        levels = [*(old.to_spec() for old in self.levels), level]  # type: ignore[operator]
+        new = FactorizedEmbedding(
+            self.num_embeddings, self.embedding_dim, levels, self.weight.device, self.weight.dtype
+        )
+        with torch.no_grad():
+            for old, copy in zip(self.levels, new.levels, strict=False):
+                copy.load_state_dict(old.state_dict())
+            new.levels[-1].b.copy_(b)
+            if perm is not None:
+                new.levels[-1].gather.copy_(torch.argsort(perm))  # type: ignore[operator, union-attr]
+            new.weight.copy_(weight.permute(1, 0, 2).flatten(1))
+        return new
+
+    @classmethod
+    def from_dense(cls, weight: Tensor) -> FactorizedEmbedding:
+        """No levels yet: exactly the given weight (V, embedding_dim)."""
+        new = cls(weight.shape[0], weight.shape[1], [], device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            new.weight.copy_(weight)
+        return new
+
+    def to_spec(self) -> dict[str, Any]:
+        levels = [level.to_spec() for level in self.levels]  # type: ignore[operator]
+        return {"structure": "factorized_embedding", "levels": levels}
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, stored width {self.weight.shape[1]}"
+
+
+class TiedHead(nn.Module):
+    """The LM head that reads a `FactorizedEmbedding`: logits = hidden · Eᵀ. It holds nothing itself.
+
+    The embedding is kept outside the module tree, so it appears once in memory, in the state dict and in the optimiser;
+    `copy.deepcopy` of the whole model keeps the tie.
+    """
+
+    def __init__(self, embedding: FactorizedEmbedding) -> None:
+        super().__init__()
+        self._source = (embedding,)  # a tuple is no submodule
+
+    @property
+    def embedding(self) -> FactorizedEmbedding:
+        return self._source[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.embedding.embedding_dim
+
+    @property
+    def out_features(self) -> int:
+        return self.embedding.num_embeddings
+
+    def source_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters the logits depend on, all held by the embedding."""
+        return self.embedding.parameters()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: (..., embedding_dim); returns logits (..., V)."""
+        return self.embedding.project(hidden)
+
+    def macs_per_token(self) -> float:
+        stored = self.embedding.weight.shape[1]
+        return stored * (self.in_features + self.out_features)
+
+    def to_spec(self) -> dict[str, Any]:
+        return {"structure": "tied_head"}
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, reads the embedding's {tuple(self.embedding.weight.shape)}"

@@ -1,0 +1,145 @@
+"""A linear layer held as a permuted sum of Kronecker products."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kronfold.base.specs import KroneckerSpec, Pair
+from kronfold.ops import kronecker
+
+
+class KroneckerLinear(nn.Module):
+    """`y = P_outᵀ (Σ_k A_k ⊗ B_k) P_in x + bias`, never forming the dense weight unless that is the cheapest way.
+
+    Args:
+        a: (out_a, in_a), shape of each A_k. b: (out_b, in_b), shape of each B_k. rank: number of terms.
+        permute_in: hold a gather for the input features. permute_out: the same for the output features.
+        bias: hold a bias of out_a·out_b numbers.
+
+    Parameters: `a` (rank, out_a, in_a), `b` (rank, out_b, in_b), `bias` (out,) or None.
+    Buffers (int32): `gather_in` (in,): A and B see `x[..., gather_in]`; `gather_out` (out,): the layer returns
+    `y[..., gather_out]` of what they give. None where the side is not permuted.
+
+    Raises:
+        ShapeError: impossible sizes or rank.
+    """
+
+    a: nn.Parameter
+    b: nn.Parameter
+
+    def __init__(
+        self,
+        a: Pair,
+        b: Pair,
+        rank: int = 1,
+        permute_in: bool = False,
+        permute_out: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = KroneckerSpec(a, b, rank, permute_in, permute_out)
+        self.in_features, self.out_features = self.spec.in_features, self.spec.out_features
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.a = nn.Parameter(torch.empty(rank, *self.spec.a, **factory))
+        self.b = nn.Parameter(torch.empty(rank, *self.spec.b, **factory))
+        self.register_parameter("bias", nn.Parameter(torch.empty(self.out_features, **factory)) if bias else None)
+        self.register_buffer("gather_in", self._identity(self.in_features, device) if permute_in else None)
+        self.register_buffer("gather_out", self._identity(self.out_features, device) if permute_out else None)
+        self.reset_parameters()
+
+    @staticmethod
+    def _identity(size: int, device: torch.device | str | None) -> Tensor:
+        return torch.arange(size, dtype=torch.int32, device=device)
+
+    def reset_parameters(self) -> None:
+        """Random factors whose dense weight has the spread of a fresh `nn.Linear`; zero bias."""
+        scale = (1.0 / (math.sqrt(3 * self.in_features * self.spec.rank))) ** 0.5
+        nn.init.normal_(self.a, std=scale)
+        nn.init.normal_(self.b, std=scale)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @classmethod
+    def from_factors(
+        cls,
+        a: Tensor,
+        b: Tensor,
+        perm_in: Tensor | None = None,
+        perm_out: Tensor | None = None,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> KroneckerLinear:
+        """The layer for `weight[perm_out][:, perm_in] ≈ Σ_k a[k] ⊗ b[k]`. Identity permutations are dropped."""
+        perm_in, perm_out = _drop_identity(perm_in), _drop_identity(perm_out)
+        layer = cls(
+            (a.shape[1], a.shape[2]),
+            (b.shape[1], b.shape[2]),
+            a.shape[0],
+            perm_in is not None,
+            perm_out is not None,
+            bias is not None,
+            device=device,
+            dtype=dtype,
+        )
+        with torch.no_grad():
+            layer.a.copy_(a)
+            layer.b.copy_(b)
+            if bias is not None:
+                layer.bias.copy_(bias)
+            if perm_in is not None:
+                layer.gather_in.copy_(perm_in)
+            if perm_out is not None:
+                layer.gather_out.copy_(torch.argsort(perm_out))
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in_features); returns (..., out_features)."""
+        if self.gather_in is not None:
+            x = torch.index_select(x, -1, self.gather_in)
+        y = kronecker.apply(x, self.a, self.b)
+        if self.gather_out is not None:
+            y = torch.index_select(y, -1, self.gather_out)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dense_weight(self) -> Tensor:
+        """The weight this layer stands for: (out_features, in_features), in the source's order of features."""
+        weight = kronecker.to_dense(self.a, self.b)
+        if self.gather_out is not None:
+            weight = weight[self.gather_out.long()]
+        if self.gather_in is not None:
+            weight = weight[:, torch.argsort(self.gather_in)]
+        return weight
+
+    def macs_per_token(self) -> float:
+        """Multiply-accumulates per token when many tokens share the call."""
+        order = kronecker.cheapest_order(self.spec.a, self.spec.b, self.spec.rank, math.inf)
+        return kronecker.macs(self.spec.a, self.spec.b, self.spec.rank, order, math.inf)
+
+    def to_spec(self) -> dict[str, Any]:
+        return {"structure": "kronecker", **self.spec.to_dict()}
+
+    @classmethod
+    def from_spec(
+        cls, spec: dict[str, Any], bias: bool, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> KroneckerLinear:
+        """An uninitialised-but-valid layer for `spec` (as `to_spec` gives it)."""
+        s = KroneckerSpec(**{k: v for k, v in spec.items() if k != "structure"})
+        return cls(s.a, s.b, s.rank, s.permute_in, s.permute_out, bias, device=device, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        sides = [side for side, gather in (("in", self.gather_in), ("out", self.gather_out)) if gather is not None]
+        permuted = f", permuted: {'+'.join(sides)}" if sides else ""
+        return f"{self.in_features} -> {self.out_features}, {self.spec.label()}{permuted}, bias={self.bias is not None}"
+
+
+def _drop_identity(perm: Tensor | None) -> Tensor | None:
+    if perm is None or torch.equal(perm.cpu(), torch.arange(perm.numel(), dtype=perm.dtype)):
+        return None
+    return perm

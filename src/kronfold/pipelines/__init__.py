@@ -1,0 +1,1 @@
+"""The only room that composes the others: compress, run in stages, pretrain."""

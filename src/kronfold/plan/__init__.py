@@ -1,0 +1,1 @@
+"""Decides what goes where and what it will cost. Never touches a weight."""

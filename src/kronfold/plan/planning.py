@@ -1,0 +1,159 @@
+"""From a model (or a bare config) and a recipe to a plan: every site, its spec, its exact count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from kronfold.base.errors import KronfoldError, RecipeError, suggest
+from kronfold.base.specs import KroneckerSpec
+from kronfold.models.cost import cost
+from kronfold.models.families import family_of
+from kronfold.models.linear_view import LinearView, sites
+from kronfold.models.structures import STRUCTURES
+from kronfold.models.surgery import build_skeleton, read_specs
+from kronfold.plan.patterns import match
+from kronfold.plan.plan import Plan, PlanRow, PlanStage
+from kronfold.plan.recipe import CompressRecipe, Recipe, load_recipe
+
+
+def skeleton_of(model_or_config: PreTrainedModel | PretrainedConfig) -> PreTrainedModel:
+    """The same architecture without weights (meta device), structured modules included. The argument is unchanged."""
+    is_config = isinstance(model_or_config, PretrainedConfig)
+    config = model_or_config if is_config else model_or_config.config
+    plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+    specs = {} if is_config else read_specs(model_or_config)
+    if specs:
+        plain.tie_word_embeddings = config.tie_word_embeddings
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(plain)
+    build_skeleton(skeleton, specs)
+    return skeleton
+
+
+def plan(model_or_config: PreTrainedModel | PretrainedConfig, recipe: str | Recipe) -> Plan:
+    """What `recipe` does to the model, exactly, without touching a weight.
+
+    Args:
+        model_or_config: a causal language model (also on the meta device) or its config.
+        recipe: name of a shipped recipe, path of a YAML file, or a Recipe.
+
+    Raises:
+        RecipeError: a pattern that matches nothing, a shape that does not divide, a site asked for twice; all faults
+            of the recipe against this model at once.
+    """
+    recipe = load_recipe(recipe)
+    skeleton = skeleton_of(model_or_config)
+    teacher = cost(skeleton)
+    specs = read_specs(skeleton)
+    ties = bool(getattr(skeleton.config, "tie_word_embeddings", False))
+    stages, faults = [], []
+    for stage in recipe.stages:
+        rows = _rows_of_stage(skeleton, stage.name, stage.compress, faults)
+        stages.append(PlanStage(name=stage.name, rows=rows, heal=stage.heal))
+        if not faults:
+            specs = specs_after(sites(skeleton), rows, specs, family_of(skeleton.config).head if ties else None)
+            skeleton = _rebuilt(model_or_config, specs)
+    if faults:
+        raise RecipeError(
+            f"Recipe {recipe.name!r} does not fit this model, which is unchanged:\n  " + "\n  ".join(faults)
+        )
+    return Plan(recipe=recipe.name, description=recipe.description, stages=stages, teacher=teacher, cost=cost(skeleton))
+
+
+def _rebuilt(model_or_config: PreTrainedModel | PretrainedConfig, specs: Mapping[str, Any]) -> PreTrainedModel:
+    config = model_or_config if isinstance(model_or_config, PretrainedConfig) else model_or_config.config
+    skeleton = skeleton_of(config)
+    build_skeleton(skeleton, specs)
+    return skeleton
+
+
+def _rows_of_stage(
+    skeleton: PreTrainedModel, stage: str, entries: Iterable[CompressRecipe], faults: list[str]
+) -> list[PlanRow]:
+    views = sites(skeleton)
+    rows: dict[str, PlanRow] = {}
+    for entry in entries:
+        try:
+            found = match(views.values(), entry.modules, entry.blocks)
+        except KronfoldError as error:
+            faults.append(f"stage {stage}: {error}")
+            continue
+        for view in found:
+            try:
+                row = _row(view, entry)
+            except KronfoldError as error:
+                faults.append(f"stage {stage}, {view.name}: {error}")
+                continue
+            if view.name in rows:
+                faults.append(f"stage {stage}, {view.name}: matched by two entries; name it in one only")
+            rows[view.name] = row
+    return list(rows.values())
+
+
+def _row(view: LinearView, entry: CompressRecipe) -> PlanRow:
+    structure = STRUCTURES.get(entry.structure)
+    if structure.fit is None:
+        allowed = [name for name in STRUCTURES if STRUCTURES.get(name).fit]
+        raise RecipeError(f"structure {entry.structure!r} cannot be asked for. {suggest(entry.structure, allowed)}")
+    spec = KroneckerSpec.for_weight(
+        view.shape,
+        entry.block,
+        entry.rank,
+        permute_in=entry.permute in ("in", "both"),
+        permute_out=entry.permute in ("out", "both"),
+    )
+    spec_dict: dict[str, Any] = {"structure": entry.structure, **spec.to_dict()}
+    if view.kind == "embedding":
+        if entry.block[0] != 1:
+            raise RecipeError(
+                f"an embedding keeps one row per token: block {list(entry.block)} must be [1, n], e.g. [1, {entry.block[1]}]"
+            )
+        spec_dict["permute_out"] = False
+        spec_dict["head"] = entry.head
+    return PlanRow(
+        name=view.name,
+        spec=spec_dict,
+        label=spec.label(),
+        held_parameters=spec.held_parameters,
+        teacher_parameters=view.shape[0] * view.shape[1],
+    )
+
+
+def specs_after(
+    views: Mapping[str, LinearView], rows: Iterable[PlanRow], before: Mapping[str, Any], tied_head: str | None
+) -> dict[str, Any]:
+    """Module specs of the model once `rows` are carried out on a model that has the specs `before`.
+
+    Args:
+        tied_head: name of the LM head if it is tied to the embedding, else None.
+    """
+    specs = {name: dict(spec) for name, spec in before.items()}
+    for row in rows:
+        view = views[row.name]
+        kron = KroneckerSpec(**{k: v for k, v in row.spec.items() if k not in ("structure", "head")})
+        module_spec = {
+            **row.spec,
+            "permute_in": kron.searches_in,
+            "permute_out": kron.searches_out,
+        }
+        if view.kind == "embedding":
+            level = {"block": kron.b[1], "rank": kron.rank, "permute": kron.searches_in}
+            levels = [*specs.get(view.module_name, {}).get("levels", []), level]
+            specs[view.module_name] = {"structure": "factorized_embedding", "levels": levels}
+            if tied_head and row.spec["head"] == "tied":
+                specs[tied_head] = {"structure": "tied_head"}
+        elif view.part is None:
+            specs[view.module_name] = module_spec
+        else:
+            fused = specs.setdefault(view.module_name, _dense_parts(views, view.module_name))
+            fused["parts"][view.part] = module_spec
+    return specs
+
+
+def _dense_parts(views: Mapping[str, LinearView], module_name: str) -> dict[str, Any]:
+    parts = {v.part: {"structure": "dense", "out_features": v.shape[0]} for v in views.values() if v.module_name == module_name}
+    return {"structure": "fused", "parts": parts}

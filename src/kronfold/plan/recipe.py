@@ -1,0 +1,180 @@
+"""Recipes: YAML files with a list of stages, each compress + heal. Unknown keys are refused, all faults at once."""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from kronfold.base.errors import RecipeError, suggest
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ObjectiveRecipe(_Strict):
+    """Weights of the named losses and the temperature of the KL term (which is multiplied by temperature²)."""
+
+    ce: float = Field(1.0, ge=0)
+    kl: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _something(self) -> ObjectiveRecipe:
+        if self.ce == 0 and self.kl == 0:
+            raise ValueError("ce and kl are both 0: there is nothing to train on; give one a positive weight")
+        return self
+
+
+class HealRecipe(_Strict):
+    """How a stage heals. `tokens` is its budget in training tokens; --heal-tokens rescales all stages in proportion."""
+
+    tokens: int = Field(gt=0)
+    learning_rate: float = Field(6e-4, gt=0)
+    batch_size: int = Field(16, gt=0)
+    warmup: float = Field(0.05, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0)
+    objective: ObjectiveRecipe = ObjectiveRecipe()
+
+
+class CompressRecipe(_Strict):
+    """What becomes of the sites whose names match.
+
+    Attributes:
+        modules: name patterns (shell wildcards as in `*.mlp.c_fc`, or `re:` and a regular expression).
+        blocks: all, odd, even (0-based index), or a list of indices. Only sites inside blocks are concerned.
+        block: (out_b, in_b), canonical orientation; the A factor follows from the weight's shape.
+        rank: number of Kronecker terms. permute: which sides the permutation search may reorder.
+        head: embeddings only: tied (the LM head reads the factors) or untied (it keeps a dense copy, as published).
+    """
+
+    modules: Annotated[list[str], Field(min_length=1)]
+    blocks: Literal["all", "odd", "even"] | list[int] = "all"
+    structure: str = "kronecker"
+    block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    rank: int = Field(1, ge=1)
+    permute: Literal["both", "in", "out", "none"] = "both"
+    head: Literal["tied", "untied"] = "tied"
+
+    @field_validator("modules", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class StageRecipe(_Strict):
+    """One step of the progressive pipeline."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    compress: Annotated[list[CompressRecipe], Field(min_length=1)]
+    heal: HealRecipe | None = None
+
+
+class Recipe(_Strict):
+    """A named list of stages."""
+
+    name: str
+    description: str = ""
+    stages: Annotated[list[StageRecipe], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stage names must differ, found {names}")
+        return self
+
+    def with_heal_tokens(self, total: int | None) -> Recipe:
+        """The same recipe with the healing budgets of its stages rescaled to `total` tokens in all."""
+        budgets = [stage.heal.tokens for stage in self.stages if stage.heal]
+        if total is None or not budgets:
+            return self
+        scale = total / sum(budgets)
+        stages = [
+            stage.model_copy(update={"heal": stage.heal.model_copy(update={"tokens": max(1, round(stage.heal.tokens * scale))})})
+            if stage.heal
+            else stage
+            for stage in self.stages
+        ]
+        return self.model_copy(update={"stages": stages})
+
+    def without_permutations(self) -> Recipe:
+        """The control: the same shapes and budgets, plain Kronecker products."""
+        stages = [
+            stage.model_copy(update={"compress": [e.model_copy(update={"permute": "none"}) for e in stage.compress]})
+            for stage in self.stages
+        ]
+        return self.model_copy(update={"name": f"{self.name} without permutations", "stages": stages})
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = importlib.resources.files("kronfold") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(source: str | Path | Recipe) -> Recipe:
+    """A recipe by shipped name, by path of a YAML file, or as it is.
+
+    Raises RecipeError: unknown name (nearest names), unreadable YAML, or all schema faults at once.
+    """
+    if isinstance(source, Recipe):
+        return source
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise RecipeError(f"There is no recipe file {path}. Shipped recipes: {', '.join(shipped_recipes())}.")
+        text, label = path.read_text(encoding="utf-8"), str(path)
+    else:
+        if str(source) not in shipped_recipes():
+            raise RecipeError(
+                f"Unknown recipe {str(source)!r}. {suggest(str(source), shipped_recipes())} "
+                "Or give the path of a .yaml file."
+            )
+        label = str(source)
+        text = (importlib.resources.files("kronfold") / "recipes" / f"{label}.yaml").read_text(encoding="utf-8")
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"Recipe {label} is not valid YAML: {error}") from error
+    return validate(Recipe, document, f"Recipe {label}")
+
+
+def validate(model: type[Any], document: Any, label: str) -> Any:
+    """`model` (a pydantic class) built from `document`. Raises RecipeError with every fault and near names."""
+    if not isinstance(document, dict):
+        raise RecipeError(f"{label} must be a mapping with the keys {', '.join(model.model_fields)}.")
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        faults = [_fault(model, dict(entry)) for entry in error.errors()]
+        raise RecipeError(f"{label} has {len(faults)} fault{'s' * (len(faults) > 1)}:\n  " + "\n  ".join(faults)) from error
+
+
+def _fault(model: type[BaseModel], entry: dict[str, Any]) -> str:
+    location = [part for part in entry["loc"] if not (isinstance(part, str) and part[:1].isupper())]
+    where = ".".join(str(part) for part in location)
+    if entry["type"] == "extra_forbidden":
+        fields = _fields_at(model, location[:-1])
+        return f"{where}: unknown key. {suggest(str(location[-1]), fields)}"
+    given = "" if isinstance(entry["input"], dict | list) else f" (given: {entry['input']!r})"
+    return f"{where}: {entry['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _fields_at(model: type[BaseModel], location: list[Any]) -> list[str]:
+    """Field names of the nested class at a location such as ('stages', 0, 'heal')."""
+    for step in (part for part in location if isinstance(part, str)):
+        annotation = model.model_fields[step].annotation if step in model.model_fields else None
+        nested = [t for t in _types_in(annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
+        if nested:
+            model = nested[0]
+    return list(model.model_fields)
+
+
+def _types_in(annotation: Any) -> list[Any]:
+    inner = getattr(annotation, "__args__", ())
+    return [annotation, *(t for part in inner for t in _types_in(part))]

@@ -1,0 +1,181 @@
+"""Tables for the terminal: what a plan would do, and what a run did. They fit 100 columns."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from kronfold.report import numbers
+from kronfold.report.document import Document, check_document, matrices, measured, plain_stages, short_names
+
+
+def _table(title: str, columns: Sequence[str], numeric_from: int) -> Table:
+    """A light table; columns from `numeric_from` on hold numbers and never wrap."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(columns):
+        number = index >= numeric_from
+        table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
+    return table
+
+
+def run_summary(results: Document) -> RenderableType:
+    """Sizes, perplexity with its controls, stages and matrices of a run document, for `rich.print`.
+
+    Raises:
+        InputError: the document is not a run result of a version this kronfold reads.
+    """
+    check_document(results, "run")
+    parts: list[RenderableType] = []
+    if not results.get("complete", True):
+        parts.append(Text("This run is not finished; continue it with --resume.", style="bold yellow"))
+    parts += [_sizes(results), _controls(results)]
+    if results["stages"]:
+        parts.append(_stages(results))
+    if matrices(results):
+        parts.append(_matrices(results))
+    return Group(*parts)
+
+
+def _sizes(results: Document) -> Table:
+    teacher = results["teacher"]
+    table = _table(
+        f"{escape(str(results['model']))} · {escape(str(results['recipe'].get('name')))}",
+        ["", "Teacher", "Compressed", "Of teacher", ""],
+        1,
+    )
+    for title, key in (
+        ("Held parameters", "held_parameters"),
+        ("Multiply-accumulates per token", "macs_per_token"),
+        ("Bytes at fp16", "bytes_fp16"),
+    ):
+        before, after = teacher.get(key), results.get(key)
+        ratio = numbers.share(after, before), numbers.smaller(before, after)
+        table.add_row(title, numbers.count(before), numbers.count(after), *ratio)
+    if results.get("index_bytes"):
+        table.add_row("Bytes of permutations beside it", "", numbers.count(results["index_bytes"]), "", "")
+    return table
+
+
+def _controls(results: Document) -> Table:
+    table = _table(
+        f"Perplexity, protocol {escape(numbers.protocol(results['protocol']))}",
+        ["Model", "Held parameters", "Tokens trained", "Perplexity", "Excess"],
+        1,
+    )
+    for number, row in enumerate(measured(results)):
+        table.add_row(
+            row.who,
+            numbers.count(row.held_parameters),
+            numbers.count(row.tokens),
+            numbers.perplexity(row.perplexity),
+            numbers.signed_percent(row.excess) if number else "",
+            style="bold" if row.ours else None,
+        )
+    return table
+
+
+def _stages(results: Document) -> Table:
+    table = _table("Stages", ["Stage", "Before", "Healed", "Tokens", "Compressing", "Healing"], 1)
+    for mark, stages in (("", results["stages"]), (" (plain Kronecker)", plain_stages(results))):
+        for stage in stages:
+            table.add_row(
+                escape(str(stage["name"])) + mark,
+                numbers.perplexity(stage.get("before_healing")),
+                numbers.perplexity(stage.get("after_healing")),
+                numbers.count(stage.get("tokens")),
+                numbers.duration(stage.get("decompose_seconds")),
+                numbers.duration(stage.get("seconds")),
+            )
+    return table
+
+
+def _matrices(results: Document) -> Table:
+    table = _table("Replaced matrices", ["Matrix", "Structure", "Held", "Relative error", "Plain"], 2)
+    for matrix in matrices(results):
+        row = matrix.row
+        table.add_row(
+            escape(matrix.label),
+            escape(f"{row['structure']} {numbers.spec(row['spec'])}"),
+            numbers.count(row["held_parameters"]),
+            numbers.error(row.get("relative_error")),
+            numbers.error(row.get("relative_error_plain")),
+        )
+    return table
+
+
+def plan_table(plan: Document) -> RenderableType:
+    """A plan document for `rich.print`: one line per replaced matrix, equal ones of many blocks on one line.
+
+    Raises:
+        InputError: the document is not a plan of a version this kronfold reads.
+    """
+    check_document(plan, "plan")
+    rows: list[Document] = list(plan["rows"])
+    short = short_names(row["name"] for row in rows)
+    groups: dict[tuple[Any, ...], list[Document]] = {}
+    for row in rows:
+        key = ("stage", "structure", "held_parameters", "teacher_parameters")
+        pattern = re.sub(r"\d+", "#", row["name"], count=1)
+        groups.setdefault((*(row.get(k) for k in key), str(row.get("spec")), pattern), []).append(row)
+    table = _table("Plan", ["Matrix", "Structure", "Held", "Teacher", "Relative error"], 2)
+    stage = None
+    for (name, *_), members in groups.items():
+        if name != stage:
+            table.add_section()
+            table.add_row(f"[bold]{escape(str(name))}[/bold]")
+            stage = name
+        first = members[0]
+        table.add_row(
+            "  " + escape(_joined([short[row["name"]] for row in members])),
+            escape(f"{first['structure']} {first.get('label') or numbers.spec(first['spec'])}"),
+            numbers.count(sum(row["held_parameters"] for row in members)),
+            numbers.count(sum(row["teacher_parameters"] for row in members)),
+            _error_range([row.get("relative_error") for row in members]),
+        )
+    return Group(table, _plan_totals(plan))
+
+
+def _joined(names: Sequence[str]) -> str:
+    """Names that differ in their first number only, as one: `h.{1,3,5}.mlp.c_fc ×3`; long even rows with dots."""
+    if len(names) == 1:
+        return names[0]
+    found = [int(match.group()) for name in names if (match := re.search(r"\d+", name))]
+    steps = {b - a for a, b in itertools.pairwise(found)}
+    regular = len(found) > 6 and len(steps) == 1
+    listed = f"{found[0]},{found[1]},…,{found[-1]}" if regular else ",".join(map(str, found))
+    return re.sub(r"\d+", f"{{{listed}}}", names[0], count=1) + f" ×{len(found)}"
+
+
+def _error_range(errors: Sequence[Any]) -> str:
+    found = [value for value in errors if numbers.known(value)]
+    if not found:
+        return numbers.NOT_MEASURED
+    low, high = numbers.error(min(found)), numbers.error(max(found))
+    return low if low == high else f"{low}–{high}"
+
+
+def _plan_totals(plan: Document) -> Table:
+    table = _table("", ["", "Teacher", "Planned", "Of teacher", ""], 1)
+    for title, key in (
+        ("Held parameters", "held_parameters"),
+        ("Multiply-accumulates per token", "macs_per_token"),
+    ):
+        before, after = plan.get(f"teacher_{key.removeprefix('held_')}"), plan.get(key)
+        ratio = numbers.share(after, before), numbers.smaller(before, after)
+        table.add_row(title, numbers.count(before), numbers.count(after), *ratio)
+    for title, key in (
+        ("Bytes at fp16", "bytes_fp16"),
+        ("Bytes at fp32", "bytes_fp32"),
+        ("Bytes of permutations beside it", "index_bytes"),
+    ):
+        if key in plan:
+            table.add_row(title, "", numbers.count(plan[key]), "", "")
+    return table
