@@ -1,4 +1,4 @@
-"""Realistic result documents for the report tests: a teacher of 3.4 M parameters, three stages, all controls."""
+"""Realistic result documents for the report tests: a 3.4 M teacher, three stages, all controls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,14 @@ def _losses(rng: random.Random, tokens: int, kl: float, ce: float) -> list[dict[
 
 
 def _kronecker(a: list[int], b: list[int], rank: int, permute: bool = True) -> dict[str, Any]:
-    return {"a": a, "b": b, "rank": rank, "permute_in": permute, "permute_out": permute}
+    return {
+        "structure": "kronecker",
+        "a": a,
+        "b": b,
+        "rank": rank,
+        "permute_in": permute,
+        "permute_out": permute,
+    }
 
 
 def _stages(rng: random.Random, plain: bool) -> list[dict[str, Any]]:

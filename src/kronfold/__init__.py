@@ -1,9 +1,9 @@
 """kronfold: make GPT-style language models smaller with permuted Kronecker products, and heal them by distillation.
 
-    import kronfold as kf
-    student = kf.compress(teacher, "tqcompressor")
-    kf.heal(student, teacher, blocks)
-    student.save_pretrained("out")          # loads with AutoModelForCausalLM.from_pretrained after `import kronfold`
+import kronfold as kf
+student = kf.compress(teacher, "tqcompressor")
+kf.heal(student, teacher, blocks)
+student.save_pretrained("out")          # loads with AutoModelForCausalLM.from_pretrained after `import kronfold`
 """
 
 from __future__ import annotations

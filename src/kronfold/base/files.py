@@ -30,12 +30,16 @@ def check_output(path: str | Path, overwrite: bool = False, allow_existing: bool
     path = Path(path)
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not (overwrite or allow_existing):
-        raise OutputError(f"{path} exists already. Choose another -o/--output, or pass --overwrite to replace it.")
+        raise OutputError(
+            f"{path} exists already. Choose another -o/--output, or pass --overwrite to replace it."
+        )
     parent = path if path.is_dir() else path.parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
-        raise OutputError(f"Cannot write to {path}: {parent} is a file, not a directory. Choose another -o/--output.")
+        raise OutputError(
+            f"Cannot write to {path}: {parent} is a file, not a directory. Choose another -o/--output."
+        )
     try:
         with tempfile.TemporaryFile(dir=parent):
             pass
@@ -62,14 +66,15 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
     try:
         yield scratch
         scratch.chmod(0o755)
-        _swap(scratch, path)
+        swap_directory(scratch, path)
     except OSError as error:
         raise _explain(path, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _swap(scratch: Path, path: Path) -> None:
+def swap_directory(scratch: Path, path: Path) -> None:
+    """Let `scratch` take the name `path`; what stood there is deleted only after that. Raises OSError."""
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
     if path.exists():
         path.rename(old)

@@ -44,7 +44,9 @@ class KroneckerSpec:
         object.__setattr__(self, "a", (int(self.a[0]), int(self.a[1])))
         object.__setattr__(self, "b", (int(self.b[0]), int(self.b[1])))
         if min(*self.a, *self.b, self.rank) < 1:
-            raise ShapeError(f"Kronecker spec a={self.a} b={self.b} rank={self.rank}: every size must be at least 1.")
+            raise ShapeError(
+                f"Kronecker spec a={self.a} b={self.b} rank={self.rank}: every size must be at least 1."
+            )
         if self.rank > self.max_rank:
             raise ShapeError(
                 f"Kronecker rank {self.rank} is above the maximum {self.max_rank} for a={self.a} b={self.b} "
@@ -117,7 +119,11 @@ class KroneckerSpec:
 
     def to_dict(self) -> dict[str, Any]:
         d = asdict(self)
-        return {"a": list(d["a"]), "b": list(d["b"]), **{k: d[k] for k in ("rank", "permute_in", "permute_out")}}
+        return {
+            "a": list(d["a"]),
+            "b": list(d["b"]),
+            **{k: d[k] for k in ("rank", "permute_in", "permute_out")},
+        }
 
     def label(self) -> str:
         """Short text for tables, e.g. `4 x (192, 384)⊗(4, 2)`."""

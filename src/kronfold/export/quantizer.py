@@ -59,7 +59,11 @@ class KronfoldConfig(QuantizationConfigMixin):
         if not isinstance(specs, dict) or unknown:
             raise CheckpointError(
                 "quantization_config of config.json is not what kronfold writes: "
-                + (f"unknown keys {sorted(unknown)}" if unknown else f"'specs' is {type(specs).__name__}, not a mapping")
+                + (
+                    f"unknown keys {sorted(unknown)}"
+                    if unknown
+                    else f"'specs' is {type(specs).__name__}, not a mapping"
+                )
                 + ". The config is damaged or edited; restore it from the original checkpoint."
             )
         self.quant_method = METHOD  # type: ignore[assignment]
@@ -84,6 +88,7 @@ class KronfoldQuantizer(HfQuantizer):
         build_skeleton(model, specs)
         if checkpoint_files:
             check_tensors(model, specs, checkpoint_files)
+        _mark_initialised(model, specs)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
@@ -131,6 +136,15 @@ def _for_class(model: PreTrainedModel, specs: dict[str, Any]) -> dict[str, Any]:
             continue
         renamed[own] = spec
     return renamed
+
+
+def _mark_initialised(model: PreTrainedModel, specs: dict[str, Any]) -> None:
+    """Keep transformers from initialising what the checkpoint holds: its rules reach into parents for `.weight`."""
+    for name in specs:
+        if parent := name.rpartition(".")[0]:
+            model.get_submodule(parent)._is_hf_initialized = True  # type: ignore[assignment]
+        for module in model.get_submodule(name).modules():
+            module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def attach(model: PreTrainedModel) -> None:

@@ -38,7 +38,9 @@ def cost(model: PreTrainedModel) -> Cost:
     """Count a model as it stands."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
     held = sum(t.numel() for t in tensors if t.is_floating_point())
-    index_bytes = sum(t.numel() * t.element_size() for t in tensors if not t.is_floating_point() and t.dtype != torch.bool)
+    index_bytes = sum(
+        t.numel() * t.element_size() for t in tensors if not t.is_floating_point() and t.dtype != torch.bool
+    )
     family = family_of(model.config)
     macs = sum(_macs(module) for name, module in model.named_modules() if name != family.head)
     macs += _macs(model.get_submodule(family.head))

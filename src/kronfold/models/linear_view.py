@@ -128,4 +128,6 @@ def _walk(model: PreTrainedModel, family: Family) -> Iterator[LinearView]:
                 continue
             step = width // len(parts)
             for i, part in enumerate(parts):
-                yield LinearView(f"{name}.{part}", "linear", module, name, part, (i * step, (i + 1) * step), block, parts)
+                yield LinearView(
+                    f"{name}.{part}", "linear", module, name, part, (i * step, (i + 1) * step), block, parts
+                )

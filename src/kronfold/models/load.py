@@ -40,7 +40,9 @@ def load_config(source: str | Path) -> PretrainedConfig:
     return _from_pretrained(AutoConfig, text)
 
 
-def load_model(source: str | Path, dtype: torch.dtype | str = torch.float32, device: str = "cpu") -> PreTrainedModel:
+def load_model(
+    source: str | Path, dtype: torch.dtype | str = torch.float32, device: str = "cpu"
+) -> PreTrainedModel:
     """MODEL with its weights, in eval mode. `dtype` "auto" keeps that of the file.
 
     Raises:
@@ -49,7 +51,9 @@ def load_model(source: str | Path, dtype: torch.dtype | str = torch.float32, dev
     """
     text = str(source)
     if text.startswith("config:"):
-        raise InputError(f"{text} names a size, not weights; it can be planned, not run. Give a model directory or hub id.")
+        raise InputError(
+            f"{text} names a size, not weights; it can be planned, not run. Give a model directory or hub id."
+        )
     if text.endswith(".gguf"):
         return _load_gguf(_gguf(text), dtype).to(device)
     local = _local(text)
@@ -81,7 +85,9 @@ def load_tokenizer(source: str | Path) -> Any:
     if text.endswith(".gguf"):
         return AutoTokenizer.from_pretrained(_gguf(text).parent, gguf_file=_gguf(text).name)
     local = _local(text)
-    if local is not None and not any((local / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+    if local is not None and not any(
+        (local / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")
+    ):
         raise CheckpointError(
             f"There is no tokenizer in {local} (looked for tokenizer.json, vocab.json, tokenizer.model). "
             "Copy the tokenizer files of the original model there, or name another with --tokenizer."
@@ -97,8 +103,10 @@ def _local(text: str) -> Path | None:
     if path.exists():
         raise InputError(f"{text} is a file. Give the directory that holds config.json, or a .gguf file.")
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise InputError(f"There is no directory {text}. Give a model directory, a hub id such as openai-community/gpt2, "
-                         "a .gguf file, or config:NAME.")
+        raise InputError(
+            f"There is no directory {text}. Give a model directory, a hub id such as openai-community/gpt2, "
+            "a .gguf file, or config:NAME."
+        )
     return None
 
 
@@ -122,7 +130,9 @@ def _check_config(path: Path) -> None:
     try:
         json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{config} is not valid JSON ({error}). Restore it from the original checkpoint.") from error
+        raise CheckpointError(
+            f"{config} is not valid JSON ({error}). Restore it from the original checkpoint."
+        ) from error
 
 
 def _check_weights(path: Path) -> None:
@@ -137,7 +147,9 @@ def _check_weights(path: Path) -> None:
         wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         missing = sorted(wanted - {file.name for file in files})
         if missing:
-            raise CheckpointError(f"{path} lacks the shards {', '.join(missing)} named in {index.name}. Copy them too.")
+            raise CheckpointError(
+                f"{path} lacks the shards {', '.join(missing)} named in {index.name}. Copy them too."
+            )
     read_headers(files)
 
 
@@ -153,7 +165,9 @@ def _load_gguf(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     try:
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
     except ImportError as error:
-        raise InputError(f"Reading {path.name} needs the gguf package: pip install 'kronfold[gguf]'.") from error
+        raise InputError(
+            f"Reading {path.name} needs the gguf package: pip install 'kronfold[gguf]'."
+        ) from error
     config = type(loaded.config).from_dict(
         {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
     )

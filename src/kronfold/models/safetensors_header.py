@@ -18,11 +18,15 @@ def read_header(path: str | Path) -> dict[str, tuple[int, ...]]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
         if not 0 < length <= size - 8:
-            raise CheckpointError(f"{path} is no complete safetensors file ({size:,} bytes). Copy or download it again.")
+            raise CheckpointError(
+                f"{path} is no complete safetensors file ({size:,} bytes). Copy or download it again."
+            )
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
-            raise CheckpointError(f"{path}: the header is damaged. Copy or download the file again.") from error
+            raise CheckpointError(
+                f"{path}: the header is damaged. Copy or download the file again."
+            ) from error
     header.pop("__metadata__", None)
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if 8 + length + end != size:

@@ -36,11 +36,11 @@ def replace_modules(model: PreTrainedModel, modules: Mapping[str, nn.Module]) ->
 
 def _mend_ties(model: PreTrainedModel) -> None:
     """A factorised embedding either feeds a TiedHead or has parted from its head; say so in the model's own terms."""
-    family = family_of(model.config)
-    if not isinstance(model.get_submodule(family.embedding), FactorizedEmbedding):
+    if not isinstance(model.get_input_embeddings(), FactorizedEmbedding):
         return
-    head = model.get_submodule(family.head)
-    model.config.tie_word_embeddings = isinstance(head, TiedHead)
+    head = model.get_output_embeddings()
+    if head is not None:
+        model.config.tie_word_embeddings = isinstance(head, TiedHead)
     # transformers ties by parameter name; there is no name to tie any more (a TiedHead has no parameters).
     model._tied_weights_keys = None  # type: ignore[assignment]
     model.all_tied_weights_keys = {}  # type: ignore[assignment]
@@ -82,7 +82,9 @@ def build_skeleton(model: PreTrainedModel, specs: Specs) -> None:
     """
     faults = check_specs(model, specs)
     if faults:
-        raise CheckpointError("The specs do not fit this model, which is unchanged:\n  " + "\n  ".join(faults))
+        raise CheckpointError(
+            "The specs do not fit this model, which is unchanged:\n  " + "\n  ".join(faults)
+        )
     built: dict[str, nn.Module] = {}
     # Heads last: a TiedHead needs the embedding that has just been built.
     for name, spec in sorted(specs.items(), key=lambda item: item[1]["structure"] == "tied_head"):
@@ -118,12 +120,14 @@ def _build_fused(
     model: PreTrainedModel, name: str, source: nn.Module, spec: Mapping[str, Any], where: dict[str, Any]
 ) -> FusedLinear:
     expected = family_of(model.config).parts_of(name)
-    if expected is None or list(spec["parts"]) != list(expected):
-        raise CheckpointError(f"parts {list(spec['parts'])} do not match this layer's parts {list(expected or ())}")
+    if expected is None or set(spec["parts"]) != set(expected):
+        raise CheckpointError(
+            f"parts {list(spec['parts'])} do not match this layer's parts {list(expected or ())}"
+        )
     rows = out_features(source) // len(expected)
     shape = (rows, in_features(source))
     has_bias = source.bias is not None
-    return FusedLinear({part: build_linear(s, shape, has_bias, where) for part, s in spec["parts"].items()})
+    return FusedLinear({part: build_linear(spec["parts"][part], shape, has_bias, where) for part in expected})
 
 
 def build_linear(
@@ -143,7 +147,9 @@ def dense_part(module: nn.Module, rows: tuple[int, int]) -> nn.Linear:
     """Rows of a Linear or Conv1D as an `nn.Linear` of their own (copied storage)."""
     weight = (module.weight.T if isinstance(module, Conv1D) else module.weight)[rows[0] : rows[1]]  # type: ignore[index, union-attr, operator]
     bias = module.bias
-    part = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype)
+    part = nn.Linear(
+        weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype
+    )
     with torch.no_grad():
         part.weight.copy_(weight)
         if bias is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kronfold.base.errors import ShapeError
+from kronfold.ops.permutation import drop_identity
 
 
 class ColumnExpansion(nn.Module):
@@ -84,7 +85,9 @@ class FactorizedEmbedding(nn.Module):
         width, built = embedding_dim, []
         for level in levels:
             if width % level["block"]:
-                raise ShapeError(f"Embedding level {dict(level)}: block {level['block']} does not divide width {width}.")
+                raise ShapeError(
+                    f"Embedding level {dict(level)}: block {level['block']} does not divide width {width}."
+                )
             arguments = {"rank": 1, "permute": False, **level}
             built.append(ColumnExpansion(width // level["block"], **arguments, device=device, dtype=dtype))
             width = built[-1].in_width
@@ -121,6 +124,7 @@ class FactorizedEmbedding(nn.Module):
         Args:
             b: (rank, block). perm: (stored width,) or None. weight: (rank, V, stored width / block).
         """
+        perm = drop_identity(perm)
         level = {"block": b.shape[1], "rank": b.shape[0], "permute": perm is not None}
         levels = [*(old.to_spec() for old in self.levels), level]  # type: ignore[operator]
         new = FactorizedEmbedding(

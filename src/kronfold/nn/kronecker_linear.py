@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kronfold.base.specs import KroneckerSpec, Pair
 from kronfold.ops import kronecker
+from kronfold.ops.permutation import drop_identity
 
 
 class KroneckerLinear(nn.Module):
@@ -48,7 +49,9 @@ class KroneckerLinear(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.a = nn.Parameter(torch.empty(rank, *self.spec.a, **factory))
         self.b = nn.Parameter(torch.empty(rank, *self.spec.b, **factory))
-        self.register_parameter("bias", nn.Parameter(torch.empty(self.out_features, **factory)) if bias else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(self.out_features, **factory)) if bias else None
+        )
         self.register_buffer("gather_in", self._identity(self.in_features, device) if permute_in else None)
         self.register_buffer("gather_out", self._identity(self.out_features, device) if permute_out else None)
         self.reset_parameters()
@@ -77,7 +80,7 @@ class KroneckerLinear(nn.Module):
         device: torch.device | str | None = None,
     ) -> KroneckerLinear:
         """The layer for `weight[perm_out][:, perm_in] ≈ Σ_k a[k] ⊗ b[k]`. Identity permutations are dropped."""
-        perm_in, perm_out = _drop_identity(perm_in), _drop_identity(perm_out)
+        perm_in, perm_out = drop_identity(perm_in), drop_identity(perm_out)
         layer = cls(
             (a.shape[1], a.shape[2]),
             (b.shape[1], b.shape[2]),
@@ -127,19 +130,19 @@ class KroneckerLinear(nn.Module):
 
     @classmethod
     def from_spec(
-        cls, spec: dict[str, Any], bias: bool, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        cls,
+        spec: dict[str, Any],
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> KroneckerLinear:
         """An uninitialised-but-valid layer for `spec` (as `to_spec` gives it)."""
         s = KroneckerSpec(**{k: v for k, v in spec.items() if k != "structure"})
         return cls(s.a, s.b, s.rank, s.permute_in, s.permute_out, bias, device=device, dtype=dtype)
 
     def extra_repr(self) -> str:
-        sides = [side for side, gather in (("in", self.gather_in), ("out", self.gather_out)) if gather is not None]
+        sides = [
+            side for side, gather in (("in", self.gather_in), ("out", self.gather_out)) if gather is not None
+        ]
         permuted = f", permuted: {'+'.join(sides)}" if sides else ""
         return f"{self.in_features} -> {self.out_features}, {self.spec.label()}{permuted}, bias={self.bias is not None}"
-
-
-def _drop_identity(perm: Tensor | None) -> Tensor | None:
-    if perm is None or torch.equal(perm.cpu(), torch.arange(perm.numel(), dtype=perm.dtype)):
-        return None
-    return perm

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from kronfold.base.errors import InputError, RecipeError, suggest
-from kronfold.base.specs import KroneckerSpec
+from kronfold.base.errors import InputError, RecipeError
 from kronfold.decompose.fit import Fit
 from kronfold.decompose.nearest import nearest_kronecker
 from kronfold.export.quantizer import attach
@@ -21,9 +20,9 @@ from kronfold.models.linear_view import LinearView, sites
 from kronfold.models.structures import STRUCTURES
 from kronfold.models.surgery import dense_part, replace_modules
 from kronfold.nn import FactorizedEmbedding, FusedLinear, TiedHead
-from kronfold.plan import planning
-from kronfold.plan.plan import Plan, PlanRow
-from kronfold.plan.recipe import Recipe
+from kronfold.planner import planning
+from kronfold.planner.plan import Plan, PlanRow
+from kronfold.planner.recipe import Recipe
 
 Progress = Callable[[str, int, int], None]  # (what is being done, done, total)
 
@@ -76,6 +75,7 @@ def compress(
     if calibration is not None:
         raise InputError("No structure of this version is fitted to data; leave calibration out.")
     made = recipe_or_plan if isinstance(recipe_or_plan, Plan) else planning.plan(model, recipe_or_plan)
+    planning.check_plan(made, model)
     student = copy.deepcopy(model)
     for stage in made.stages:
         compress_stage(student, stage.rows, seed=seed, progress=progress)
@@ -89,7 +89,8 @@ def compress_stage(
 
     All fits are done before the first module is swapped. Raises RecipeError when a row does not fit the model.
     """
-    views = _check_rows(model, rows)
+    views = sites(model)
+    planning.check_rows(views, rows)
     modules: dict[str, nn.Module] = {}
     done = []
     for i, row in enumerate(rows):
@@ -109,32 +110,11 @@ def compress_stage(
     return done
 
 
-def _check_rows(model: PreTrainedModel, rows: list[PlanRow]) -> dict[str, LinearView]:
-    views = sites(model)
-    faults = []
-    for row in rows:
-        if row.name not in views:
-            faults.append(f"{row.name}: no such weight. {suggest(row.name, views, limit=4)}")
-            continue
-        try:
-            _spec(row).check_weight(views[row.name].shape)
-        except InputError as error:
-            faults.append(f"{row.name}: {error}")
-    if faults:
-        raise RecipeError("The plan does not fit this model, which is unchanged:\n  " + "\n  ".join(faults))
-    return views
-
-
-def _spec(row: PlanRow) -> KroneckerSpec:
-    fields = {key: value for key, value in row.spec.items() if key != "head"}
-    return STRUCTURES.get(row.spec["structure"]).read_spec(fields)
-
-
 def _fit(view: LinearView, row: PlanRow, seed: int) -> tuple[Fit, float]:
     structure = STRUCTURES.get(row.spec["structure"])
     if structure.fit is None:
         raise RecipeError(f"{row.name}: structure {row.spec['structure']!r} cannot be fitted to a weight.")
-    spec, weight = _spec(row), view.weight()
+    spec, weight = planning.spec_of(row), view.weight()
     try:
         fit = structure.fit(weight, spec, seed)
     except InputError as error:
@@ -161,7 +141,9 @@ def _parts_of(view: LinearView) -> dict[str, nn.Module]:
     if isinstance(view.module, FusedLinear):
         return view.module.parts
     width = view.rows[1] - view.rows[0]
-    return {name: dense_part(view.module, (i * width, (i + 1) * width)) for i, name in enumerate(view.part_names)}
+    return {
+        name: dense_part(view.module, (i * width, (i + 1) * width)) for i, name in enumerate(view.part_names)
+    }
 
 
 def _place_embedding(

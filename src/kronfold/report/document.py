@@ -26,8 +26,6 @@ _WRITTEN_BY = {
 def check_document(document: Any, kind: str) -> None:
     """Make sure `document` is a result of this `kind` ("run" or "plan") in a version this kronfold reads.
 
-    A plan that has not been written yet has no schema; one that claims a schema must have the right one.
-
     Raises:
         InputError: another schema, another version, or keys missing; says what was found and what is read.
     """
@@ -37,13 +35,12 @@ def check_document(document: Any, kind: str) -> None:
             f"A result document must be a JSON object, but this is a {type(document).__name__}; {reads}."
         )
     schema, version = document.get("schema"), document.get("schema_version")
-    if kind != "plan" or schema is not None:
-        if schema != f"kronfold/{kind}":
-            raise InputError(f"The result document has schema {schema!r}; {reads}. Give {_WRITTEN_BY[kind]}.")
-        if version != SCHEMA_VERSION:
-            newer = isinstance(version, int) and version > SCHEMA_VERSION
-            step = "Upgrade kronfold to read it." if newer else f"Give {_WRITTEN_BY[kind]}."
-            raise InputError(f"The result document has schema_version {version!r}; {reads}. {step}")
+    if schema != f"kronfold/{kind}":
+        raise InputError(f"The result document has schema {schema!r}; {reads}. Give {_WRITTEN_BY[kind]}.")
+    if version != SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        step = "Upgrade kronfold to read it." if newer else f"Give {_WRITTEN_BY[kind]}."
+        raise InputError(f"The result document has schema_version {version!r}; {reads}. {step}")
     missing = [key for key in _REQUIRED[kind] if key not in document]
     if missing:
         raise InputError(
@@ -136,11 +133,18 @@ def matrices(results: Document) -> list[Matrix]:
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Dotted names without the leading parts that all of them share (`transformer.h.1.mlp` -> `h.1.mlp`)."""
+    """Dotted names without the leading parts that all share: `transformer.h.1.mlp` becomes `h.1.mlp`.
+
+    A block keeps its number and the word before it, whatever is shared.
+    """
     split = {name: name.split(".") for name in names}
     shared = 0
     if len(split) > 1:
-        shortest = min(len(parts) for parts in split.values()) - 1
-        while shared < shortest and len({parts[shared] for parts in split.values()}) == 1:
+        first = min(split.values(), key=len)
+        while (
+            shared < len(first) - 1
+            and not first[shared + 1].isdigit()
+            and len({parts[shared] for parts in split.values()}) == 1
+        ):
             shared += 1
     return {name: ".".join(parts[shared:]) for name, parts in split.items()}

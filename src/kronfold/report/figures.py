@@ -13,15 +13,15 @@ from kronfold.report.document import Document, matrices, plain_stages
 
 Figure = dict[str, Any]
 
-# One colour per thing on every picture. Blue, orange and teal stay apart for the common colour-blind types and
-# have a contrast of at least 3:1 on the white and on the dark page; dash and marker say the same again.
+# One colour per thing on every picture, at least 3:1 against the white and the dark page. Blue, orange and
+# teal stay apart for the common types of colour blindness; dash and marker say the same again.
 OURS, PLAIN, DENSE, TEACHER = "#2F80ED", "#D9730D", "#0E9384", "#7D8590"
 OURS_NAME, PLAIN_NAME, DENSE_NAME = "with permutations", "plain Kronecker", "dense, fine-tuned"
 
 
 def _label(text: Any) -> str:
     """Names go into plotly labels, which read a little HTML: escaped, they show as they are."""
-    return html.escape(str(text))
+    return html.escape(str(text), quote=False)  # plotly does not decode quotes
 
 
 def _layout(height: int, **more: Any) -> Figure:
@@ -66,14 +66,14 @@ def error_figure(results: Document) -> Figure | None:
             barmode="group",
             bargap=0.3,
             showlegend=len(data) > 1,
-            xaxis=_axis("relative error ‖W − Ŵ‖ / ‖W‖ (Frobenius, unitless)", rangemode="tozero"),
+            xaxis=_axis("relative error ‖W − Ŵ‖ / ‖W‖ (unitless)", rangemode="tozero"),
             yaxis={"autorange": "reversed", "automargin": True, "type": "category", "ticksuffix": "  "},
         ),
     }
 
 
 def perplexity_figure(results: Document) -> Figure | None:
-    """Picture 2: perplexity after each compression and each healing, log axis; None when nothing was measured.
+    """Picture 2: perplexity after each compression and each healing, log axis; None without any.
 
     Every stage has two places on the x axis, its compression (open marker) and its healing (filled marker).
     """
@@ -96,7 +96,7 @@ def perplexity_figure(results: Document) -> Figure | None:
             420,
             hovermode="closest",
             xaxis=_axis(
-                "stage (open marker: compressed, filled marker: healed)",
+                "stage (open: compressed, filled: healed)",
                 tickvals=centres,
                 ticktext=[_label(stage["name"]) for stage in stages],
                 range=span,
@@ -116,7 +116,7 @@ def perplexity_figure(results: Document) -> Figure | None:
 
 def _stage_trace(name: str, stages: Sequence[Document], colour: str, dash: str, symbol: str) -> list[Figure]:
     values = [stage.get(key) for stage in stages for key in ("before_healing", "after_healing")]
-    shown = [value if numbers.known(value) and value > 0 else None for value in values]
+    shown = [value if value is not None and numbers.known(value) and value > 0 else None for value in values]
     if not any(shown):
         return []
     places = [f"{_label(stage['name'])}, {when}" for stage in stages for when in ("compressed", "healed")]
@@ -143,7 +143,7 @@ def _stage_trace(name: str, stages: Sequence[Document], colour: str, dash: str, 
 def _level_trace(name: str, model: Document, colour: str, dash: str, span: list[float]) -> list[Figure]:
     """A horizontal line at the perplexity of a model that has no stages."""
     level = model.get("perplexity")
-    if not numbers.known(level) or level <= 0:
+    if level is None or not numbers.known(level) or level <= 0:
         return []
     return [
         {
@@ -165,17 +165,17 @@ def _dense(results: Document) -> Document:
 _LOG_STEPS = (
     (0.4, (1.0, 1.1, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)),
     (1.3, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)),
-    (2.0, (1.0, 2.0, 5.0)),
+    (2.4, (1.0, 2.0, 5.0)),
 )
 
 
 def log_ticks(values: Sequence[float]) -> tuple[list[float], list[str], list[float]]:
     """Readable ticks for positive `values` on a log axis: tick values, their texts, and the range in log10.
 
-    The narrower the span the finer the steps; beyond two decades only powers of ten.
+    The narrower the span the finer the steps; beyond two decades and a half only powers of ten.
     """
     low, high = math.log10(min(values)), math.log10(max(values))
-    margin = 0.06 * max(high - low, 0.3)
+    margin = max(0.06 * (high - low), 0.08)  # wide enough that a tick falls inside, however equal the values
     low, high = low - margin, high + margin
     span = high - low
     steps = next((steps for limit, steps in _LOG_STEPS if span < limit), (1.0,))

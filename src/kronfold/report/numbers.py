@@ -70,7 +70,7 @@ def duration(seconds: Any) -> str:
     """`42.3 s`, `3 min 12 s` or `2 h 05 min`."""
     if not known(seconds):
         return NOT_MEASURED
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
@@ -99,7 +99,11 @@ def protocol(settings: Mapping[str, Any]) -> str:
 
 
 def spec(settings: Mapping[str, Any]) -> str:
-    """A spec for tables. Kronecker shapes read `4 × (192×384 ⊗ 4×2)`; any other spec lists its fields."""
+    """A spec for tables. Kronecker shapes read `4 × (192×384 ⊗ 4×2)`; any other spec lists its fields.
+
+    The name of the structure is left out: it has a column of its own.
+    """
+    settings = {key: value for key, value in settings.items() if key != "structure"}
     if "a" not in settings or "b" not in settings:
         return pairs(settings)
     text = f"{settings.get('rank', 1)} × ({_value(settings['a'])} ⊗ {_value(settings['b'])})"

@@ -26,7 +26,7 @@ from kronfold.report.figures import error_figure, loss_figure, perplexity_figure
 
 
 def write_report(results: Document, path: str | Path) -> Path:
-    """Write the HTML report of a run document to `path` (atomically, replacing a file there); returns the path.
+    """Write the HTML report of a run document to `path` (atomic, replaces a file there); returns the path.
 
     Raises:
         InputError: the document is not a run result of a version this kronfold reads.
@@ -38,7 +38,7 @@ def write_report(results: Document, path: str | Path) -> Path:
 
 
 def render(results: Document) -> str:
-    """The HTML text of the report, all text of the document escaped. Raises InputError as `write_report` does."""
+    """The HTML of the report, all text of the document escaped. Raises InputError like `write_report`."""
     check_document(results, "run")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("kronfold.report"),
@@ -155,8 +155,8 @@ def _figures(results: Document) -> list[tuple[str, dict[str, Any], str, str]]:
             "errors",
             error_figure(results),
             "Relative error per matrix",
-            "What is lost when a matrix is replaced, before any healing. Shorter bars are better; the gap "
-            "between the two bars of a matrix is what its permutations gain at the same number of parameters.",
+            "What is lost when a matrix is replaced, before any healing. Shorter bars are better; the "
+            "gap between the two bars of a matrix is what its permutations gain at equal parameters.",
         ),
         (
             "losses",

@@ -125,17 +125,15 @@ def plan_table(plan: Document) -> RenderableType:
         key = ("stage", "structure", "held_parameters", "teacher_parameters")
         pattern = re.sub(r"\d+", "#", row["name"], count=1)
         groups.setdefault((*(row.get(k) for k in key), str(row.get("spec")), pattern), []).append(row)
-    table = _table("Plan", ["Matrix", "Structure", "Held", "Teacher", "Relative error"], 2)
-    stage = None
-    for (name, *_), members in groups.items():
-        if name != stage:
-            table.add_section()
-            table.add_row(f"[bold]{escape(str(name))}[/bold]")
-            stage = name
+    table = _table("Plan", ["Matrix", "Rank x A⊗B", "Held", "Teacher", "Relative error"], 2)
+    heading = None
+    for (stage, structure, *_), members in groups.items():
+        if heading != (heading := f"{stage} · {structure}"):
+            table.add_row(Text(heading, style="bold"))
         first = members[0]
         table.add_row(
-            "  " + escape(_joined([short[row["name"]] for row in members])),
-            escape(f"{first['structure']} {first.get('label') or numbers.spec(first['spec'])}"),
+            Text(" " + _joined([short[row["name"]] for row in members])),
+            Text(first.get("label") or numbers.spec(first["spec"])),
             numbers.count(sum(row["held_parameters"] for row in members)),
             numbers.count(sum(row["teacher_parameters"] for row in members)),
             _error_range([row.get("relative_error") for row in members]),
@@ -144,14 +142,16 @@ def plan_table(plan: Document) -> RenderableType:
 
 
 def _joined(names: Sequence[str]) -> str:
-    """Names that differ in their first number only, as one: `h.{1,3,5}.mlp.c_fc ×3`; long even rows with dots."""
+    """Names that differ in their first number only, as one: `h.{1,3,5}.mlp.c_fc`; long rows with dots."""
     if len(names) == 1:
         return names[0]
     found = [int(match.group()) for name in names if (match := re.search(r"\d+", name))]
-    steps = {b - a for a, b in itertools.pairwise(found)}
-    regular = len(found) > 6 and len(steps) == 1
-    listed = f"{found[0]},{found[1]},…,{found[-1]}" if regular else ",".join(map(str, found))
-    return re.sub(r"\d+", f"{{{listed}}}", names[0], count=1) + f" ×{len(found)}"
+    regular = len({b - a for a, b in itertools.pairwise(found)}) == 1
+    if len(found) > 6 and regular:
+        return (
+            re.sub(r"\d+", f"{{{found[0]},{found[1]},…,{found[-1]}}}", names[0], count=1) + f" ×{len(found)}"
+        )
+    return re.sub(r"\d+", f"{{{','.join(map(str, found))}}}", names[0], count=1)
 
 
 def _error_range(errors: Sequence[Any]) -> str:
@@ -167,15 +167,12 @@ def _plan_totals(plan: Document) -> Table:
     for title, key in (
         ("Held parameters", "held_parameters"),
         ("Multiply-accumulates per token", "macs_per_token"),
-    ):
-        before, after = plan.get(f"teacher_{key.removeprefix('held_')}"), plan.get(key)
-        ratio = numbers.share(after, before), numbers.smaller(before, after)
-        table.add_row(title, numbers.count(before), numbers.count(after), *ratio)
-    for title, key in (
         ("Bytes at fp16", "bytes_fp16"),
         ("Bytes at fp32", "bytes_fp32"),
-        ("Bytes of permutations beside it", "index_bytes"),
     ):
-        if key in plan:
-            table.add_row(title, "", numbers.count(plan[key]), "", "")
+        before, after = plan.get(f"teacher_{key.removeprefix('held_')}"), plan.get(key)
+        ratio = (numbers.share(after, before), numbers.smaller(before, after)) if before else ("", "")
+        table.add_row(title, numbers.count(before) if before else "", numbers.count(after), *ratio)
+    if plan.get("index_bytes"):
+        table.add_row("Bytes of permutations beside it", "", numbers.count(plan["index_bytes"]), "", "")
     return table

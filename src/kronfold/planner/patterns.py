@@ -10,7 +10,9 @@ from kronfold.base.errors import RecipeError, suggest
 from kronfold.models.linear_view import LinearView
 
 
-def match(views: Iterable[LinearView], patterns: Sequence[str], blocks: str | Sequence[int] = "all") -> list[LinearView]:
+def match(
+    views: Iterable[LinearView], patterns: Sequence[str], blocks: str | Sequence[int] = "all"
+) -> list[LinearView]:
     """The sites whose name matches any pattern and whose block is wanted, in model order.
 
     Raises RecipeError when nothing matches (a recipe that does nothing is never run silently), when a regular

@@ -10,14 +10,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from kronfold.base.errors import KronfoldError, RecipeError, suggest
 from kronfold.base.specs import KroneckerSpec
-from kronfold.models.cost import cost
+from kronfold.models.cost import Cost, cost
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import LinearView, sites
 from kronfold.models.structures import STRUCTURES
 from kronfold.models.surgery import build_skeleton, read_specs
-from kronfold.plan.patterns import match
-from kronfold.plan.plan import Plan, PlanRow, PlanStage
-from kronfold.plan.recipe import CompressRecipe, Recipe, load_recipe
+from kronfold.planner.patterns import match
+from kronfold.planner.plan import Plan, PlanRow, PlanStage
+from kronfold.planner.recipe import CompressRecipe, Recipe, load_recipe
 
 
 def skeleton_of(model_or_config: PreTrainedModel | PretrainedConfig) -> PreTrainedModel:
@@ -55,16 +55,59 @@ def plan(model_or_config: PreTrainedModel | PretrainedConfig, recipe: str | Reci
         rows = _rows_of_stage(skeleton, stage.name, stage.compress, faults)
         stages.append(PlanStage(name=stage.name, rows=rows, heal=stage.heal))
         if not faults:
-            specs = specs_after(sites(skeleton), rows, specs, family_of(skeleton.config).head if ties else None)
+            specs = specs_after(
+                sites(skeleton), rows, specs, family_of(skeleton.config).head if ties else None
+            )
             skeleton = _rebuilt(model_or_config, specs)
     if faults:
         raise RecipeError(
             f"Recipe {recipe.name!r} does not fit this model, which is unchanged:\n  " + "\n  ".join(faults)
         )
-    return Plan(recipe=recipe.name, description=recipe.description, stages=stages, teacher=teacher, cost=cost(skeleton))
+    return Plan(
+        recipe=recipe.name,
+        description=recipe.description,
+        stages=stages,
+        teacher=teacher,
+        cost=cost(skeleton),
+    )
 
 
-def _rebuilt(model_or_config: PreTrainedModel | PretrainedConfig, specs: Mapping[str, Any]) -> PreTrainedModel:
+def check_rows(views: Mapping[str, LinearView], rows: Iterable[PlanRow]) -> None:
+    """Raise RecipeError, all faults at once, unless every row names a weight of the model and fits its shape."""
+    faults = []
+    for row in rows:
+        if row.name not in views:
+            faults.append(f"{row.name}: no such weight. {suggest(row.name, views, limit=4)}")
+            continue
+        try:
+            spec_of(row).check_weight(views[row.name].shape)
+        except (KronfoldError, KeyError, TypeError) as error:
+            faults.append(f"{row.name}: {error}")
+    if faults:
+        raise RecipeError("The plan does not fit this model, which is unchanged:\n  " + "\n  ".join(faults))
+
+
+def spec_of(row: PlanRow) -> KroneckerSpec:
+    """The typed spec of a row."""
+    return STRUCTURES.get(row.spec["structure"]).read_spec({k: v for k, v in row.spec.items() if k != "head"})
+
+
+def check_plan(made: Plan, model_or_config: PreTrainedModel | PretrainedConfig) -> Cost:
+    """What a (perhaps edited) plan makes of a model, counted anew. Raises RecipeError when it does not fit."""
+    skeleton = skeleton_of(model_or_config)
+    head = family_of(skeleton.config).head if getattr(skeleton.config, "tie_word_embeddings", False) else None
+    specs: Mapping[str, Any] = read_specs(skeleton)
+    for stage in made.stages:
+        views = sites(skeleton)
+        check_rows(views, stage.rows)
+        specs = specs_after(views, stage.rows, specs, head)
+        skeleton = _rebuilt(model_or_config, specs)
+    return cost(skeleton)
+
+
+def _rebuilt(
+    model_or_config: PreTrainedModel | PretrainedConfig, specs: Mapping[str, Any]
+) -> PreTrainedModel:
     config = model_or_config if isinstance(model_or_config, PretrainedConfig) else model_or_config.config
     skeleton = skeleton_of(config)
     build_skeleton(skeleton, specs)
@@ -98,7 +141,9 @@ def _row(view: LinearView, entry: CompressRecipe) -> PlanRow:
     structure = STRUCTURES.get(entry.structure)
     if structure.fit is None:
         allowed = [name for name in STRUCTURES if STRUCTURES.get(name).fit]
-        raise RecipeError(f"structure {entry.structure!r} cannot be asked for. {suggest(entry.structure, allowed)}")
+        raise RecipeError(
+            f"structure {entry.structure!r} cannot be asked for. {suggest(entry.structure, allowed)}"
+        )
     spec = KroneckerSpec.for_weight(
         view.shape,
         entry.block,
@@ -134,7 +179,7 @@ def specs_after(
     specs = {name: dict(spec) for name, spec in before.items()}
     for row in rows:
         view = views[row.name]
-        kron = KroneckerSpec(**{k: v for k, v in row.spec.items() if k not in ("structure", "head")})
+        kron = spec_of(row)
         module_spec = {
             **row.spec,
             "permute_in": kron.searches_in,
@@ -155,5 +200,9 @@ def specs_after(
 
 
 def _dense_parts(views: Mapping[str, LinearView], module_name: str) -> dict[str, Any]:
-    parts = {v.part: {"structure": "dense", "out_features": v.shape[0]} for v in views.values() if v.module_name == module_name}
+    parts = {
+        v.part: {"structure": "dense", "out_features": v.shape[0]}
+        for v in views.values()
+        if v.module_name == module_name
+    }
     return {"structure": "fused", "parts": parts}

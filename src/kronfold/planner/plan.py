@@ -11,7 +11,7 @@ from kronfold.base.errors import RecipeError
 from kronfold.base.files import write_json
 from kronfold.base.results import SCHEMA_VERSION, document
 from kronfold.models.cost import Cost
-from kronfold.plan.recipe import HealRecipe
+from kronfold.planner.recipe import HealRecipe
 
 
 @dataclass
@@ -80,7 +80,9 @@ class Plan:
             None,
             recipe={"name": self.recipe, "description": self.description},
             **self.cost.to_dict(),
-            **{f"teacher_{key.removeprefix('held_')}": value for key, value in self.teacher.to_dict().items()},
+            **{
+                f"teacher_{key.removeprefix('held_')}": value for key, value in self.teacher.to_dict().items()
+            },
             rows=[{"stage": stage.name, **row.to_dict()} for stage in self.stages for row in stage.rows],
             heal={stage.name: stage.heal.model_dump() if stage.heal else None for stage in self.stages},
         )

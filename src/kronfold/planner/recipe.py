@@ -95,7 +95,11 @@ class Recipe(_Strict):
             return self
         scale = total / sum(budgets)
         stages = [
-            stage.model_copy(update={"heal": stage.heal.model_copy(update={"tokens": max(1, round(stage.heal.tokens * scale))})})
+            stage.model_copy(
+                update={
+                    "heal": stage.heal.model_copy(update={"tokens": max(1, round(stage.heal.tokens * scale))})
+                }
+            )
             if stage.heal
             else stage
             for stage in self.stages
@@ -105,7 +109,9 @@ class Recipe(_Strict):
     def without_permutations(self) -> Recipe:
         """The control: the same shapes and budgets, plain Kronecker products."""
         stages = [
-            stage.model_copy(update={"compress": [e.model_copy(update={"permute": "none"}) for e in stage.compress]})
+            stage.model_copy(
+                update={"compress": [e.model_copy(update={"permute": "none"}) for e in stage.compress]}
+            )
             for stage in self.stages
         ]
         return self.model_copy(update={"name": f"{self.name} without permutations", "stages": stages})
@@ -114,7 +120,9 @@ class Recipe(_Strict):
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
     folder = importlib.resources.files("kronfold") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def load_recipe(source: str | Path | Recipe) -> Recipe:
@@ -127,7 +135,9 @@ def load_recipe(source: str | Path | Recipe) -> Recipe:
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise RecipeError(f"There is no recipe file {path}. Shipped recipes: {', '.join(shipped_recipes())}.")
+            raise RecipeError(
+                f"There is no recipe file {path}. Shipped recipes: {', '.join(shipped_recipes())}."
+            )
         text, label = path.read_text(encoding="utf-8"), str(path)
     else:
         if str(source) not in shipped_recipes():
@@ -136,7 +146,9 @@ def load_recipe(source: str | Path | Recipe) -> Recipe:
                 "Or give the path of a .yaml file."
             )
         label = str(source)
-        text = (importlib.resources.files("kronfold") / "recipes" / f"{label}.yaml").read_text(encoding="utf-8")
+        text = (importlib.resources.files("kronfold") / "recipes" / f"{label}.yaml").read_text(
+            encoding="utf-8"
+        )
     try:
         document = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -152,7 +164,9 @@ def validate(model: type[Any], document: Any, label: str) -> Any:
         return model.model_validate(document)
     except ValidationError as error:
         faults = [_fault(model, dict(entry)) for entry in error.errors()]
-        raise RecipeError(f"{label} has {len(faults)} fault{'s' * (len(faults) > 1)}:\n  " + "\n  ".join(faults)) from error
+        raise RecipeError(
+            f"{label} has {len(faults)} fault{'s' * (len(faults) > 1)}:\n  " + "\n  ".join(faults)
+        ) from error
 
 
 def _fault(model: type[BaseModel], entry: dict[str, Any]) -> str:

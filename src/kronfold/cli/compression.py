@@ -1,0 +1,240 @@
+"""Commands that make models smaller: demo, plan, compress, heal, run."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kronfold.cli import terminal as t
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands of this file, in the order people meet them."""
+    for command in (demo, plan, compress, heal, run):
+        app.command()(command)
+
+
+def demo(
+    output: Annotated[str, typer.Option("--output", "-o", help="Where the results go.")] = "kronfold-demo",
+    heal_tokens: Annotated[int, typer.Option(help="Healing budget of each track, in tokens.")] = 600_000,
+    seed: t.Seed = 0,
+    device: t.Device = "auto",
+    overwrite: t.Overwrite = False,
+    resume: t.Resume = False,
+    json: t.Json = False,
+) -> None:
+    """Compress and heal the small GPT-2 that ships inside the package. No network, about 4 minutes on 2 cores."""
+    from kronfold import assets
+
+    options: dict[str, Any] = {
+        "model": str(assets.teacher_path()),
+        "name": "demo (the GPT-2 inside the package)",
+        "recipe": "tqcompressor",
+        "train_text": str(assets.heal_text()),
+        "eval_text": str(assets.eval_text()),
+        "heal_tokens": heal_tokens,
+        "prompt": assets.PROMPT,
+        "seed": seed,
+    }
+    _run(options, output, device=device, dtype=None, overwrite=overwrite, resume=resume, json=json)
+
+
+def plan(
+    model: t.Model,
+    recipe: t.RecipeName = "tqcompressor",
+    output: t.Output = None,
+    errors: Annotated[
+        bool, typer.Option(help="With weights at hand, also fit them and show relative errors.")
+    ] = True,
+    seed: t.Seed = 0,
+    overwrite: t.Overwrite = False,
+    json: t.Json = False,
+) -> None:
+    """Show what a recipe does to a model: every matrix, exact counts, nothing changed. Works on config:gpt2."""
+    from kronfold.base.files import check_output, write_json
+    from kronfold.models.load import load_config, load_model
+    from kronfold.pipelines.compress import plan as make_plan
+    from kronfold.report.tables import plan_table
+
+    t.prepare(seed=seed)
+    if output:
+        check_output(output, overwrite)
+    source = t.resolve_model(model)
+    with t.progress_bar() as report:
+        subject = load_model(source) if errors and not source.startswith("config:") else load_config(source)
+        made = make_plan(subject, recipe, errors=errors, seed=seed, progress=_decomposing(report))
+    document = made.to_dict()
+    if output:
+        write_json(output, document)
+    t.emit(document, json, plan_table(document))
+
+
+def compress(
+    model: t.Model,
+    output: Annotated[str, typer.Option("--output", "-o", help="Directory for the compressed checkpoint.")],
+    recipe: t.RecipeName = "tqcompressor",
+    plan: Annotated[str | None, typer.Option(help="A saved plan to carry out instead of a recipe.")] = None,
+    seed: t.Seed = 0,
+    dtype: t.Dtype = None,
+    overwrite: t.Overwrite = False,
+    json: t.Json = False,
+) -> None:
+    """Decompose the weights and save the compressed checkpoint, without healing."""
+    from kronfold.pipelines.checkpoint import compress_to
+
+    t.prepare(seed=seed)
+    with t.progress_bar() as report:
+        document = compress_to(
+            t.resolve_model(model), output, recipe, plan, seed=seed, dtype=dtype, overwrite=overwrite,
+            progress=_decomposing(report),
+        )  # fmt: skip
+    t.emit(document, json, _saved(document, output))
+
+
+def heal(
+    model: Annotated[
+        str, typer.Argument(metavar="STUDENT", help="Directory of the compressed model.", show_default=False)
+    ],
+    teacher: Annotated[str, typer.Option(help="The original model to learn from.")],
+    train_text: t.Text,
+    output: Annotated[str, typer.Option("--output", "-o", help="Directory for the healed checkpoint.")],
+    eval_text: Annotated[str | None, typer.Option(help="Text to measure on, before and after.")] = None,
+    heal_tokens: Annotated[int, typer.Option(help="Training budget in tokens.")] = 10_000_000,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate (AdamW, cosine).")] = 6e-4,
+    batch_size: Annotated[int, typer.Option(help="Windows per step.")] = 16,
+    temperature: Annotated[float, typer.Option(help="Temperature of the KL term.")] = 1.0,
+    ce: Annotated[float, typer.Option(help="Weight of the cross entropy with the text.")] = 1.0,
+    kl: Annotated[float, typer.Option(help="Weight of the divergence from the teacher.")] = 1.0,
+    protocol: Annotated[str, typer.Option(help="Perplexity protocol: sliding or paper.")] = "sliding",
+    seed: t.Seed = 0,
+    device: t.Device = "auto",
+    dtype: t.Dtype = None,
+    resume: t.Resume = False,
+    overwrite: t.Overwrite = False,
+    json: t.Json = False,
+) -> None:
+    """Continue training a compressed model by distillation from the original."""
+    from kronfold.pipelines.checkpoint import heal_to
+    from kronfold.planner.recipe import HealRecipe, validate
+
+    device = t.prepare(device, seed)
+    recipe = validate(
+        HealRecipe,
+        {
+            "tokens": heal_tokens,
+            "learning_rate": learning_rate,
+            "batch_size": batch_size,
+            "objective": {"ce": ce, "kl": kl, "temperature": temperature},
+        },
+        "These options",
+    )
+    with t.progress_bar() as report:
+        document = heal_to(
+            model, t.resolve_model(teacher), train_text, output, recipe, eval_text=eval_text, protocol=protocol,
+            seed=seed, device=device, dtype=dtype, resume=resume, overwrite=overwrite, report=report,
+        )  # fmt: skip
+    t.emit(document, json, _saved(document, output))
+
+
+def run(
+    model: t.Model,
+    train_text: t.Text,
+    eval_text: t.Text,
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Directory for checkpoint, results.json and report.")
+    ],
+    recipe: t.RecipeName = "tqcompressor",
+    heal_tokens: Annotated[
+        int | None,
+        typer.Option(help="Healing budget over all stages; default: the recipe's own.", show_default=False),
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="Perplexity protocol: sliding or paper.")] = "sliding",
+    controls: Annotated[
+        str,
+        typer.Option(
+            help="dense (fine-tune the teacher alike), plain (no permutations), or none; comma-separated."
+        ),
+    ] = "dense,plain",
+    block_size: Annotated[
+        int | None, typer.Option(help="Training window in tokens.", show_default=False)
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Start of the text samples in the report.", show_default=False)
+    ] = None,
+    seed: t.Seed = 0,
+    device: t.Device = "auto",
+    dtype: t.Dtype = None,
+    resume: t.Resume = False,
+    overwrite: t.Overwrite = False,
+    json: t.Json = False,
+) -> None:
+    """The whole job: compress in the recipe's stages, heal each, measure with controls, save, report."""
+    from kronfold.pipelines.progressive import check_controls
+
+    options: dict[str, Any] = {
+        "model": t.resolve_model(model),
+        "name": model,
+        "recipe": recipe,
+        "train_text": train_text,
+        "eval_text": eval_text,
+        "heal_tokens": heal_tokens,
+        "protocol": protocol,
+        "block_size": block_size,
+        "prompt": prompt,
+        "seed": seed,
+        "controls": check_controls([name for name in controls.split(",") if name not in ("", "none")]),
+    }
+    _run(options, output, device=device, dtype=dtype, overwrite=overwrite, resume=resume, json=json)
+
+
+def _run(
+    options: dict[str, Any],
+    output: str,
+    *,
+    device: str,
+    dtype: str | None,
+    overwrite: bool,
+    resume: bool,
+    json: bool,
+) -> None:
+    from kronfold.base.files import check_output
+
+    check_output(output, overwrite)
+    from kronfold.models.load import read_dtype
+    from kronfold.pipelines.progressive import RunOptions
+    from kronfold.pipelines.progressive import run as run_stages
+    from kronfold.report.page import write_report
+    from kronfold.report.tables import run_summary
+
+    device = t.prepare(device, options["seed"])
+    options |= {
+        "device": device,
+        "dtype": read_dtype(dtype) if dtype else None,
+        "command": shlex.join(["kronfold", *sys.argv[1:]]),
+    }
+    with t.progress_bar() as report:
+        document = run_stages(
+            RunOptions(**options), output, resume=resume, overwrite=overwrite, report=report
+        )
+    write_report(document, Path(output) / "report.html")
+    t.emit(document, json, run_summary(document))
+    t.say(f"Checkpoint, results.json and report.html are in {output}/")
+
+
+def _decomposing(report: Any) -> Any:
+    return lambda name, done, total: report(f"decompose {name}".strip(), done, total)
+
+
+def _saved(document: dict[str, Any], output: str) -> str:
+    before, after = document["teacher"]["held_parameters"], document["held_parameters"]
+    lines = [f"{after:,} held parameters ({after / before:.1%} of {before:,}), saved in {output}/"]
+    stage = document.get("stages", [{}])[0]
+    if stage.get("before_healing"):
+        lines.append(
+            f"perplexity {stage['before_healing']:.2f} before healing, {stage['after_healing']:.2f} after"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,158 @@
+"""Commands that look and measure: eval, inspect, validate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kronfold.cli import terminal as t
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands of this file."""
+    app.command(name="eval")(evaluate)
+    app.command()(inspect)
+    app.command()(validate)
+
+
+def evaluate(
+    model: t.Model,
+    text: Annotated[
+        str,
+        typer.Option(
+            "--eval-text", "--text", help="Text to measure on; files, a directory, or a datasets id."
+        ),
+    ],
+    protocol: Annotated[str, typer.Option(help="sliding (default) or paper; see README.")] = "sliding",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Windows per forward pass; changes no number.", show_default=False)
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Take the tokenizer from another model.", show_default=False)
+    ] = None,
+    output: t.Output = None,
+    device: t.Device = "auto",
+    dtype: Annotated[str, typer.Option(help="dtype to compute in.")] = "float32",
+    overwrite: t.Overwrite = False,
+    json: t.Json = False,
+) -> None:
+    """Perplexity of a model on a text, by a named protocol."""
+    from kronfold.base import results
+    from kronfold.base.files import check_output, write_json
+    from kronfold.data.sources import documents
+    from kronfold.evaluate.perplexity import perplexity
+    from kronfold.models.cost import held_parameters
+    from kronfold.models.load import load_model, load_tokenizer, read_dtype
+
+    device = t.prepare(device, 0)
+    if output:
+        check_output(output, overwrite)
+    source = t.resolve_model(model)
+    subject = load_model(source, dtype=read_dtype(dtype), device=device)
+    reader = load_tokenizer(tokenizer or source)
+    with t.progress_bar() as report:
+        found = perplexity(
+            subject, reader, documents(text), protocol, batch_size=batch_size,
+            progress=lambda done, total: report("evaluate", done, total),
+        )  # fmt: skip
+    document = results.document(
+        "eval",
+        None,
+        model=model,
+        text=Path(text).name,
+        dtype=dtype,
+        held_parameters=held_parameters(subject),
+        **found.to_dict(),
+    )
+    if output:
+        write_json(output, document)
+    t.emit(document, json, _eval_lines(document))
+
+
+def _eval_lines(found: dict[str, Any]) -> str:
+    how = ", ".join(f"{key} {value}" for key, value in found["protocol"].items() if value is not None)
+    return (
+        f"perplexity {found['perplexity']:.4f} per token\n"
+        f"  per word {found['perplexity_per_word']:.4f}, per byte {found['perplexity_per_byte']:.4f}\n"
+        f"  {found['tokens']:,} tokens, {found['words']:,} words, {found['bytes']:,} bytes, nll {found['nll']:,.2f} nats\n"
+        f"  protocol: {how}\n"
+        f"  {found['held_parameters']:,} held parameters"
+    )
+
+
+def inspect(model: t.Model, json: t.Json = False) -> None:
+    """What a checkpoint holds: structures by module, sizes, multiply-accumulates, where it came from."""
+    from rich.table import Table
+
+    from kronfold.base import results
+    from kronfold.models.cost import cost
+    from kronfold.models.load import load_config, load_model
+    from kronfold.models.surgery import read_specs
+    from kronfold.planner.planning import skeleton_of
+
+    t.prepare()
+    source = t.resolve_model(model)
+    subject = (
+        skeleton_of(load_config(source)) if source.startswith("config:") else load_model(source, dtype="auto")
+    )
+    specs = read_specs(subject)
+    document = results.document(
+        "inspect",
+        None,
+        model=model,
+        model_type=subject.config.model_type,
+        dtype=str(subject.dtype).removeprefix("torch."),
+        **cost(subject).to_dict(),
+        modules=specs,
+    )
+    table = Table("module", "structure", "spec", title=f"{model}: {len(specs)} structured modules")
+    for name, spec in specs.items():
+        detail = ", ".join(f"{key} {value}" for key, value in spec.items() if key != "structure")
+        table.add_row(name, spec["structure"], detail)
+    sizes = (
+        f"{document['held_parameters']:,} held parameters, {document['macs_per_token']:,} multiply-accumulates per token, "
+        f"{document['bytes_fp16']:,} bytes at fp16, {document['bytes_fp32']:,} at fp32, stored as {document['dtype']}"
+    )
+    t.emit(document, json, *([table] if specs else ["No structured modules: a dense model."]), sizes)
+
+
+def validate(
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE", help="A shipped recipe, a .yaml recipe, or a saved plan (.json)."),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Also check that it fits this MODEL (config:gpt2 needs no weights).")
+    ] = None,
+    json: t.Json = False,
+) -> None:
+    """Check a recipe or plan and list every fault at once; exit code 2 if there is any."""
+    from kronfold.base import results
+    from kronfold.planner.plan import Plan
+    from kronfold.planner.recipe import load_recipe
+
+    if recipe.endswith(".json"):
+        made = Plan.load(recipe)
+        document = results.document(
+            "validate", None, recipe=made.recipe, stages=[stage.name for stage in made.stages]
+        )
+    else:
+        loaded = load_recipe(recipe)
+        document = results.document(
+            "validate", None, recipe=loaded.name, stages=[stage.name for stage in loaded.stages]
+        )
+    fits = ""
+    if model:
+        from kronfold.models.load import load_config
+        from kronfold.planner import planning
+
+        t.prepare()
+        config = load_config(t.resolve_model(model))
+        if recipe.endswith(".json"):
+            document["held_parameters"] = planning.check_plan(made, config).held_parameters
+        else:
+            document["held_parameters"] = planning.plan(config, loaded).held_parameters
+        fits = f" and fits {model}"
+    t.emit(document, json, f"{document['recipe']}: valid{fits}, stages {', '.join(document['stages'])}")

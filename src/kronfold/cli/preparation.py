@@ -1,0 +1,62 @@
+"""Commands that prepare: data, pretrain."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kronfold.cli import terminal as t
+
+data = typer.Typer(help="Make and look at training text.", no_args_is_help=True)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands of this file."""
+    app.add_typer(data, name="data")
+    app.command()(pretrain)
+
+
+@data.callback()
+def _data() -> None:
+    """Make training text."""
+
+
+@data.command()
+def stdlib(
+    output: Annotated[
+        str,
+        typer.Option("--output", "-o", help="Directory for train.jsonl, validation.jsonl, manifest.json."),
+    ],
+    overwrite: t.Overwrite = False,
+    json: t.Json = False,
+) -> None:
+    """Extract English prose from this Python installation: language topics and docstrings. No network."""
+    from kronfold.data.stdlib import extract_stdlib
+
+    manifest = extract_stdlib(output, overwrite=overwrite)
+    t.emit(manifest, json, "\n".join(f"{key}: {value}" for key, value in manifest.items()))
+
+
+def pretrain(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A pretraining YAML file, or demo.", show_default=False)
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="Directory for the trained model.")],
+    seed: Annotated[
+        int | None, typer.Option(help="Instead of the config's seed.", show_default=False)
+    ] = None,
+    resume: t.Resume = False,
+    overwrite: t.Overwrite = False,
+    json: t.Json = False,
+) -> None:
+    """Train a GPT-2 from scratch, tokenizer included."""
+    from kronfold.pipelines.pretrain import pretrain as train
+
+    t.prepare(seed=seed)
+    with t.progress_bar() as report:
+        document = train(
+            config, output, seed=seed, resume=resume, overwrite=overwrite,
+            progress=lambda step, total, logs=None: report("pretrain", step, total),
+        )  # fmt: skip
+    t.emit(document, json, f"held-out perplexity {document['perplexity']:.2f}, saved in {output}/")

@@ -1,0 +1,145 @@
+"""What all commands share: results on stdout, everything else on stderr, progress bars with ETA."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.progress import TimeRemainingColumn as Remaining
+
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A directory, a hub id, a .gguf file, config:NAME, or demo.", show_default=False
+    ),
+]
+Output = Annotated[
+    str | None, typer.Option("--output", "-o", help="Where the result goes.", show_default=False)
+]
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...; auto takes CUDA if there is one.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, float16 or bfloat16 of the saved weights; default: as in MODEL.", show_default=False
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
+Text = Annotated[
+    str, typer.Option(help=".txt, .jsonl or .parquet (also .gz), a directory of them, or a datasets id.")
+]
+
+
+def emit(document: dict[str, Any], as_json: bool, *readable: Any) -> None:
+    """Print a result: the document as JSON, or the readable renderables."""
+    if as_json:
+        sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        return
+    for item in readable:
+        out.print(item)
+
+
+def say(text: str) -> None:
+    """A line for the person watching; never part of the result."""
+    err.print(text, highlight=False)
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Any]:
+    """Yields `report(what, done, total)`; shows one bar on stderr with elapsed time and ETA.
+
+    Where stderr is no terminal, each new task is announced by one line instead.
+    """
+    if not err.is_terminal:
+        yield _announcer()
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        Remaining(),
+    )
+    with Progress(*columns, console=err, transient=True) as bars:
+        current: dict[str, Any] = {"kind": None, "task": None}
+
+        def report(what: str, done: int, total: int) -> None:
+            kind = _kind(what)
+            if kind != current["kind"]:
+                if current["task"] is not None:
+                    bars.remove_task(current["task"])
+                current.update(kind=kind, task=bars.add_task(what, total=total))
+            bars.update(current["task"], description=what, completed=done, total=total)
+
+        yield report
+
+
+def _kind(what: str) -> str:
+    """Task identity: what is being done, without the detail that changes from step to step."""
+    first = what.split(" (")[0]
+    return "decompose" if first.startswith("decompose") else first
+
+
+def _announcer() -> Any:
+    seen: list[str] = []
+
+    def report(what: str, done: int, total: int) -> None:
+        kind = _kind(what)
+        if not seen or seen[-1] != kind:
+            seen.append(kind)
+            say(f"{kind} ...")
+
+    return report
+
+
+def prepare(device: str = "cpu", seed: int | None = None) -> str:
+    """Quieten the libraries, set the seed, and resolve the device. Raises InputError for one that is not there."""
+    import torch
+    from transformers import set_seed
+    from transformers.utils import logging
+
+    from kronfold.base.errors import InputError
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if seed is not None:
+        set_seed(seed)
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"Device {device!r} cannot be used here: {str(error).splitlines()[0]} Try --device cpu."
+        ) from error
+    return device
+
+
+def resolve_model(name: str) -> str:
+    """`demo` means the model that ships inside the package; anything else is passed on."""
+    if name != "demo":
+        return name
+    from kronfold.assets import teacher_path
+
+    return str(teacher_path())

@@ -1,0 +1,28 @@
+"""Alternating assignment: slot by slot, all groups hand out their members of that slot again, optimally.
+
+With the other slots fixed this is a linear assignment problem, the present arrangement is feasible, and so the
+captured energy cannot fall (for the basis at hand; refitting the basis cannot lose either).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kronfold.decompose.permute_gains import chunks, refill
+from kronfold.decompose.permute_state import Arrangement, Search
+
+
+def assign(x: Tensor, basis: Tensor, groups: Tensor, generator: torch.Generator) -> Tensor:
+    """One pass over the slots; shapes in permute_gains."""
+    groups = groups.clone()
+    for part in chunks(groups, x.shape[0], x[0].numel(), generator):
+        for slot in range(groups.shape[1]):
+            slots = torch.full((len(part),), slot)
+            groups[part] = refill(x, basis, groups[part], slots)
+    return groups
+
+
+def from_identity(search: Search) -> Arrangement:
+    """Method "assignment": alternate the sides from the order the weight came in."""
+    return search.descend(search.identity, [assign])

@@ -1,0 +1,79 @@
+"""Where the default search starts: the identity, members dealt by size or likeness, and smaller nested families."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kronfold.base.specs import KroneckerSpec, divisors
+from kronfold.decompose.permute_state import Arrangement, Search
+
+THOROUGH_WORK = 1 << 18  # numbers in the weight times rank, up to which every nested family is searched
+
+
+def by_size(search: Search) -> Arrangement:
+    """The largest members in slot 0 of their groups, the next in slot 1, and so on: slots then differ most."""
+    matrix = search.matrix
+    rows, cols = search.identity.rows, search.identity.cols
+    if "out" in search.sides:
+        rows = dealt(matrix.square().sum(1), rows.shape[1])
+    if "in" in search.sides:
+        cols = dealt(matrix.square().sum(0), cols.shape[1])
+    return search.fit(rows, cols)
+
+
+def dealt(size: Tensor, slots: int) -> Tensor:
+    """Indices by falling size, dealt slot by slot: (len(size) / slots, slots)."""
+    return size.argsort(descending=True, stable=True).view(slots, -1).T.contiguous()
+
+
+def nested_specs(spec: KroneckerSpec) -> list[KroneckerSpec]:
+    """Families contained in `spec`: what they represent, `spec` represents with the same permutations.
+
+    Σ A_k ⊗ B_k with block (out_b / p, in_b) and rank r is a sum with block (out_b, in_b) and rank p·r (B becomes
+    e_s ⊗ B_k for each of the p shares s, and A its rows of share s); the same holds for the in side, and fewer
+    terms are a special case. Small weights descend to every such family one prime step at a time; large ones go
+    straight to the one-sided families, which are cheap.
+    """
+    (out_b, in_b), rank = spec.b, spec.rank
+    thorough = spec.out_features * spec.in_features * rank <= THOROUGH_WORK
+    found = []
+    if thorough and rank > 1:
+        found.append((out_b, in_b, rank - 1))
+    one_sided = out_b == 1 or in_b == 1
+    for size, block in ((out_b, lambda n: (n, in_b)), (in_b, lambda n: (out_b, n))):
+        if size == 1:
+            continue
+        step = divisors(size)[1] if thorough or one_sided else size
+        found.append((*block(size // step), rank // step))
+    shape = spec.shape
+    return [
+        replace(spec, a=(shape[0] // p, shape[1] // q), b=(p, q), rank=r)
+        for p, q, r in found
+        if r >= 1 and (p, q) != (1, 1)
+    ]
+
+
+def widened(search: Search, child: Search) -> Arrangement:
+    """The best arrangement of a nested family, its groups joined to the larger groups of `search`.
+
+    Any joining keeps the child's error, so the groups are dealt by size, where the larger family gains most.
+    """
+    rows = _joined(
+        child.best.rows, search.identity.rows, search.source.square().sum(1), "out" in search.sides
+    )
+    cols = _joined(child.best.cols, search.identity.cols, search.source.square().sum(0), "in" in search.sides)
+    return search.fit(rows, cols)
+
+
+def _joined(groups: Tensor, wanted: Tensor, size: Tensor, searched: bool) -> Tensor:
+    if not searched:
+        return wanted
+    share = wanted.shape[1] // groups.shape[1]
+    if share == 1 and groups.shape == wanted.shape:
+        return groups
+    if groups.numel() != wanted.numel():  # the child compacted this side: its block there is 1
+        groups = torch.arange(wanted.numel()).view(-1, 1)
+    return groups[dealt(size[groups].sum(1), share)].reshape(wanted.shape)

@@ -1,0 +1,59 @@
+"""Named losses over the logits of a run of tokens.
+
+Shapes, for every loss here: student_logits and teacher_logits (tokens, vocabulary), labels (tokens,) already shifted.
+A loss returns the SUM over its tokens, in nats; tokens labelled `IGNORE` add nothing. The number of tokens comes
+separately, from `count_tokens`: sums of parts add up whatever the split, means do not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from kronfold.base.registry import Registry
+
+IGNORE = -100
+
+
+class LossFunction(Protocol):
+    def __call__(
+        self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, temperature: float
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss and what it must be given. With `needs_teacher` False, teacher_logits may be None."""
+
+    function: LossFunction
+    needs_teacher: bool
+
+
+def count_tokens(labels: Tensor) -> Tensor:
+    """How many of the labels count, as a scalar tensor on their device."""
+    return labels.ne(IGNORE).sum()
+
+
+def ce(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, temperature: float) -> Tensor:
+    """Next-token cross entropy, summed over tokens. Temperature and teacher are not used."""
+    return F.cross_entropy(student_logits, labels, ignore_index=IGNORE, reduction="sum")
+
+
+def kl(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, temperature: float) -> Tensor:
+    """T² KL(teacher ‖ student) of the distributions softened by T, summed over tokens.
+
+    Hinton, Vinyals and Dean 2015, section 2; T² keeps the size of the gradient the same for every T.
+    """
+    assert teacher_logits is not None  # the objective refuses to run without a teacher
+    student = F.log_softmax(student_logits / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
+    per_token = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    return temperature**2 * per_token.masked_fill(labels.eq(IGNORE), 0.0).sum()
+
+
+LOSSES: Registry[Loss] = Registry("loss")
+LOSSES.register("ce", Loss(ce, needs_teacher=False))
+LOSSES.register("kl", Loss(kl, needs_teacher=True))

@@ -1,0 +1,222 @@
+"""Perplexity of a causal language model under the two named protocols, `paper` and `sliding`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from kronfold.base.errors import DataError, InputError, suggest
+from kronfold.data.packing import encode_documents
+from kronfold.data.sources import documents
+
+_TOKENS_PER_BATCH = 4096  # chosen batch: about this many tokens per forward pass
+_LOGITS_PER_CHUNK = 1 << 23  # at most this many fp32 logits (32 MiB) at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How a text becomes windows and windows become one number. Lengths in tokens."""
+
+    name: str
+    window: int
+    stride: int
+    join: str | None  # string between documents; None: the tokenizer's end-of-text token
+    averaging: str
+
+
+PROTOCOLS = {
+    "paper": Protocol(
+        "paper", 1024, 1024, "\n\n", "mean of window means, the last short window weighs as much"
+    ),
+    "sliding": Protocol("sliding", 1024, 512, None, "mean over tokens, each counted once with context"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PerplexityResult:
+    """A measured perplexity with everything needed to compare it.
+
+    `perplexity`: per token, as `protocol` averages. `tokens`: targets counted. `words`, `bytes`: of the joined
+    text (words: separated by white space; bytes: UTF-8; end-of-text joins count in neither). `nll`: total negative
+    log likelihood of the targets, nats; per word and per byte are exp(nll / words) and exp(nll / bytes).
+    """
+
+    perplexity: float
+    protocol: dict[str, Any]
+    tokens: int
+    words: int
+    bytes: int
+    nll: float
+    perplexity_per_word: float
+    perplexity_per_byte: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary with the field names as keys."""
+        return dataclasses.asdict(self)
+
+
+@torch.no_grad()
+def perplexity(
+    model: Any,
+    tokenizer: Any,
+    text: str | Path | Iterable[str],
+    protocol: str = "sliding",
+    *,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PerplexityResult:
+    """Perplexity of `model` (a `transformers` causal LM) on `text`.
+
+    `text`: a string (one document), a Path (see `kronfold.data.sources.documents`), or documents. Protocols:
+
+    - `paper` (the published tables): documents joined by a blank line; the documents of a .txt file are its lines
+      as the Hugging Face WikiText rows have them (a line keeps its newline, a blank line is ""); windows of 1024
+      tokens side by side; labels shift inside each window, so its first token is no target; mean of window means.
+    - `sliding` (the default): documents joined by the end-of-text token; windows of 1024 every 512; every token but
+      the very first is a target once, with at least 512 tokens of context away from the start.
+
+    A model with a shorter context uses its own length as window, stride alike, and `protocol["note"]` says so.
+    `batch_size` (windows per forward pass) changes speed and memory only. `progress(done, total)`: windows.
+    Raises DataError (fewer than 2 tokens, unreadable text), InputError (unknown protocol, bad batch size).
+    """
+    if protocol not in PROTOCOLS:
+        raise InputError(f"Unknown protocol '{protocol}'. {suggest(protocol, PROTOCOLS)}")
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; give at least 1, or leave it out.")
+    chosen, note = _fit_context(PROTOCOLS[protocol], model)
+    ids, words, text_bytes = _encode(_documents(text, chosen), tokenizer, chosen)
+    if len(ids) < 2:
+        raise DataError(f"The text has {len(ids)} token(s); perplexity needs at least 2. Give more text.")
+    windows = list(_windows(len(ids), chosen))
+    means, nll, tokens = [], 0.0, 0
+    for total, count in _window_losses(model, ids, windows, batch_size, progress):
+        means.append(total / count)
+        nll += total
+        tokens += count
+    mean = math.fsum(means) / len(means) if chosen.name == "paper" else nll / tokens
+    join = chosen.join if chosen.join is not None else tokenizer.eos_token
+    described = {
+        **dataclasses.asdict(chosen),
+        "join": join,
+        "unit": "token",
+        "windows": len(windows),
+        "note": note,
+    }
+    return PerplexityResult(
+        _exp(mean),
+        described,
+        tokens,
+        words,
+        text_bytes,
+        nll,
+        _exp(nll / max(words, 1)),
+        _exp(nll / text_bytes),
+    )
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))  # a broken model still gives a number, not an overflow
+
+
+def _fit_context(protocol: Protocol, model: Any) -> tuple[Protocol, str | None]:
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is None or context >= protocol.window:
+        return protocol, None
+    stride = max(1, protocol.stride * context // protocol.window)
+    note = f"window and stride shortened from {protocol.window}/{protocol.stride} to the model's context of {context}"
+    return dataclasses.replace(protocol, window=context, stride=stride), note
+
+
+def _documents(text: str | Path | Iterable[str], protocol: Protocol) -> Iterable[str]:
+    if isinstance(text, str):
+        return [text]
+    if not isinstance(text, Path):
+        return text
+    if protocol.name == "paper" and text.name.removesuffix(".gz").endswith(".txt"):
+        lines = "".join(documents(text)).split("\n")
+        rows = [line + "\n" if line.strip() else "" for line in lines[:-1]]
+        return rows + ([lines[-1]] if lines[-1].strip() else [])
+    return documents(text)
+
+
+def _encode(texts: Iterable[str], tokenizer: Any, protocol: Protocol) -> tuple[torch.Tensor, int, int]:
+    """The token ids of the joined text (1-D int64), its words and its UTF-8 bytes."""
+    if protocol.join is not None:
+        joined = protocol.join.join(texts)
+        texts = [joined]
+    ids: list[int] = []
+    words = text_bytes = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal words, text_bytes
+        for text in texts:
+            words += len(text.split())
+            text_bytes += len(text.encode())
+            yield text
+
+    for index, piece in enumerate(encode_documents(counted(), tokenizer)):
+        if index:
+            ids.append(tokenizer.eos_token_id)
+        ids.extend(piece)
+    return torch.tensor(ids, dtype=torch.long), words, text_bytes
+
+
+def _windows(length: int, protocol: Protocol) -> Iterator[tuple[int, int, int]]:
+    """(start, end, first target) per window; the targets are the positions first..end-1, each predicted from start."""
+    counted = 1
+    for start in range(0, length, protocol.stride):
+        end = min(start + protocol.window, length)
+        first = start + 1 if protocol.name == "paper" else counted
+        if first < end:
+            yield start, end, first
+            counted = end
+        if end == length:
+            return
+
+
+def _window_losses(
+    model: Any,
+    ids: torch.Tensor,
+    windows: list[tuple[int, int, int]],
+    batch_size: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[tuple[float, int]]:
+    """(summed loss, targets) of each window, in order. Short windows are padded on the right, behind the mask."""
+    longest = max(end - start for start, end, _ in windows)
+    batch_size = batch_size or max(1, _TOKENS_PER_BATCH // longest)
+    training = model.training
+    model.eval()
+    try:
+        for begin in range(0, len(windows), batch_size):
+            batch = windows[begin : begin + batch_size]
+            width = max(end - start for start, end, _ in batch)
+            inputs = torch.zeros(len(batch), width, dtype=torch.long)
+            mask = torch.zeros_like(inputs)
+            for row, (start, end, _) in enumerate(batch):
+                inputs[row, : end - start] = ids[start:end]
+                mask[row, : end - start] = 1
+            logits = model(
+                input_ids=inputs.to(model.device), attention_mask=mask.to(model.device), use_cache=False
+            ).logits
+            for row, (start, end, first) in enumerate(batch):
+                scores = logits[row, first - start - 1 : end - start - 1]
+                yield _loss(scores, ids[first:end].to(scores.device)), end - first
+            if progress:
+                progress(min(begin + batch_size, len(windows)), len(windows))
+    finally:
+        model.train(training)
+
+
+def _loss(scores: torch.Tensor, targets: torch.Tensor) -> float:
+    """Summed cross entropy in nats of scores (tokens, vocab) against targets (tokens,), a chunk of fp32 at a time."""
+    rows = max(1, _LOGITS_PER_CHUNK // scores.shape[1])
+    total = 0.0
+    for piece, wanted in zip(scores.split(rows), targets.split(rows), strict=True):
+        total += functional.cross_entropy(piece.float(), wanted, reduction="none").double().sum().item()
+    return total

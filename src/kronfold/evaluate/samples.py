@@ -1,0 +1,46 @@
+"""A short continuation of a prompt, greedy or seeded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kronfold.base.errors import DataError
+
+_TOP_K = 40
+
+
+@torch.no_grad()
+def sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 60, seed: int | None = None) -> str:
+    """`prompt` and its continuation by `model`: greedy when `seed` is None, otherwise top-40 sampling.
+
+    Stops at the end-of-text token. The caller's random state and the model's mode are left as they were. Raises
+    DataError when prompt and continuation do not fit the context, or the prompt has no token.
+    """
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
+    context = getattr(model.config, "max_position_embeddings", None)
+    if ids.shape[1] == 0:
+        raise DataError("The prompt is empty. Give at least one word.")
+    if context is not None and ids.shape[1] + max_new_tokens > context:
+        raise DataError(
+            f"A prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones exceed the context of {context}. "
+            "Shorten the prompt or ask for fewer tokens."
+        )
+    options: dict[str, Any] = {"do_sample": False} if seed is None else {"do_sample": True, "top_k": _TOP_K}
+    training = model.training
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed or 0)
+        model.eval()
+        try:
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.eos_token_id,
+                **options,
+            )
+        finally:
+            model.train(training)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))

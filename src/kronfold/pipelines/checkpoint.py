@@ -1,0 +1,164 @@
+"""Single steps from files to files: compress a checkpoint, heal a checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kronfold.base import results
+from kronfold.base.files import atomic_directory, check_output, write_json
+from kronfold.data.packing import pack
+from kronfold.data.sources import documents
+from kronfold.distill.objective import ObjectiveConfig
+from kronfold.evaluate.perplexity import perplexity
+from kronfold.export.quantizer import attach
+from kronfold.models.cost import cost
+from kronfold.models.load import load_model, load_tokenizer, read_dtype
+from kronfold.models.surgery import read_specs
+from kronfold.pipelines.compress import Progress, compress_stage
+from kronfold.planner import planning
+from kronfold.planner.plan import Plan
+from kronfold.planner.recipe import HealRecipe
+from kronfold.train.heal import heal
+
+
+def compress_to(
+    model: str,
+    output: str | Path,
+    recipe: str,
+    plan_path: str | None = None,
+    *,
+    seed: int = 0,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compress the checkpoint `model` by a recipe (or a saved plan) and save it with its tokenizer in `output`.
+
+    Returns the results document. Raises OutputError, RecipeError, CheckpointError, before anything is written.
+    """
+    check_output(output, overwrite)
+    saved_dtype = read_dtype(dtype) if dtype else None
+    made = Plan.load(plan_path) if plan_path else None
+    teacher = load_model(model)
+    tokenizer = load_tokenizer(model)
+    made = made or planning.plan(teacher, recipe)
+    started, before, stages = time.monotonic(), cost(teacher), []
+    for stage in made.stages:
+        rows = compress_stage(teacher, stage.rows, seed=seed, progress=progress)
+        stages.append({"name": stage.name, "rows": [row.to_dict() for row in rows]})
+    document = results.document(
+        "compress",
+        seed,
+        model=model,
+        recipe={"name": made.recipe, "description": made.description},
+        teacher=before.to_dict(),
+        **cost(teacher).to_dict(),
+        stages=stages,
+        decompose_seconds=round(time.monotonic() - started, 2),
+    )
+    save_checkpoint(teacher, tokenizer, model, output, document, saved_dtype, overwrite)
+    return document
+
+
+def heal_to(
+    student: str,
+    teacher: str,
+    train_text: str,
+    output: str | Path,
+    recipe: HealRecipe,
+    *,
+    eval_text: str | None = None,
+    protocol: str = "sliding",
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """Heal the checkpoint `student` by distillation from `teacher` and save the result in `output`.
+
+    Trainer checkpoints live in `<output>.partial` until the end; `resume` continues from them.
+    Returns the results document. Raises OutputError, CheckpointError, DataError, before training starts.
+    """
+    check_output(output, overwrite)
+    saved_dtype = read_dtype(dtype) if dtype else None
+    model, original = load_model(student, device=device), load_model(teacher, device=device)
+    tokenizer = load_tokenizer(student)
+    size = min(1024, getattr(model.config, "max_position_embeddings", 1024))
+    blocks = pack(documents(train_text), tokenizer, size, max_tokens=recipe.tokens)
+    work = Path(output).with_name(Path(output).name + ".partial")
+
+    def measure(subject: PreTrainedModel, what: str) -> float | None:
+        if eval_text is None:
+            return None
+        return perplexity(
+            subject, tokenizer, documents(eval_text), protocol,
+            progress=lambda done, total: report(f"evaluate {what}", done, total),
+        ).perplexity  # fmt: skip
+
+    teacher_perplexity, before = measure(original, "the teacher"), measure(model, "before healing")
+    objective = ObjectiveConfig(**recipe.objective.model_dump())
+    healed = heal(
+        model,
+        original if objective.kl > 0 else None,
+        blocks,
+        tokens=recipe.tokens,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        warmup=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+        objective=objective,
+        seed=seed,
+        output_dir=work,
+        resume=resume,
+        progress=lambda step, total, logs=None: report("heal", step, total),
+    )
+    stage = {
+        "name": "heal",
+        "before_healing": before,
+        "after_healing": measure(model, "after healing"),
+        "tokens": healed.tokens,
+        "seconds": healed.seconds,
+        "losses": healed.losses,
+    }
+    document = results.document(
+        "heal",
+        seed,
+        model=student,
+        objective=recipe.objective.model_dump(),
+        protocol=protocol if eval_text else None,
+        data={"heal": {"source": Path(train_text).name, "tokens": blocks.tokens, "sha256": blocks.sha256}},
+        teacher={**cost(original).to_dict(), "perplexity": teacher_perplexity},
+        **cost(model).to_dict(),
+        stages=[stage],
+    )
+    save_checkpoint(model, tokenizer, student, output, document, saved_dtype, overwrite)
+    shutil.rmtree(work, ignore_errors=True)
+    return document
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    source: str,
+    output: str | Path,
+    document: dict[str, Any],
+    dtype: torch.dtype | None,
+    overwrite: bool,
+) -> None:
+    """Save model, tokenizer and results.json in one atomic step, in `dtype` or in that of the checkpoint `source`."""
+    model.to(dtype or load_model(source, dtype="auto").dtype)
+    if read_specs(model):
+        attach(model)
+    with atomic_directory(output, overwrite) as place:
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        write_json(place / "results.json", document)

@@ -1,0 +1,363 @@
+"""The main job: stage by stage compress and heal, with the controls that make the numbers mean something.
+
+Everything happens in a work directory beside the output, `<output>.partial`; it takes the output's name only when all
+is done. A killed run leaves the old output as it was, and `resume=True` goes on from the last finished step.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from kronfold.base import results
+from kronfold.base.errors import InputError
+from kronfold.base.files import check_output, swap_directory, write_json
+from kronfold.data.packing import TokenBlocks, pack
+from kronfold.data.sources import documents
+from kronfold.distill.objective import ObjectiveConfig
+from kronfold.evaluate.perplexity import perplexity
+from kronfold.evaluate.samples import sample
+from kronfold.export.quantizer import attach
+from kronfold.models.cost import cost
+from kronfold.models.load import load_model, load_tokenizer
+from kronfold.pipelines.compress import compress, compress_stage
+from kronfold.pipelines.steps import StepBook
+from kronfold.planner import planning
+from kronfold.planner.recipe import HealRecipe, Recipe, load_recipe
+from kronfold.train.heal import heal
+
+Control = Literal["dense", "plain"]
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What one run is made of; equal options and inputs give the same run, and only those may be resumed.
+
+    Attributes:
+        model: the teacher. recipe: name or YAML file. train_text, eval_text: text sources; they must not overlap.
+        heal_tokens: healing budget over all stages, None for the recipe's own.
+        block_size: training window in tokens, None for the model's context (at most 1024).
+        protocol: of every perplexity. controls: "dense" fine-tunes the teacher on the same data, "plain" repeats the
+            recipe without permutations; equal tokens and seed. prompt: start of the text samples, None for no samples.
+        dtype: of the saved weights, None for the teacher's own.
+    """
+
+    model: str
+    recipe: str
+    train_text: str
+    eval_text: str
+    heal_tokens: int | None = None
+    block_size: int | None = None
+    protocol: str = "sliding"
+    controls: Sequence[Control] = ("dense", "plain")
+    prompt: str | None = None
+    sample_tokens: int = 48
+    seed: int = 0
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    name: str | None = None
+    command: str = ""
+
+
+@dataclass
+class _Run:
+    """One run in progress: the options, what was loaded, and the book of finished steps."""
+
+    options: RunOptions
+    recipe: Recipe
+    work: Path
+    book: StepBook
+    teacher: PreTrainedModel
+    tokenizer: Any
+    blocks: TokenBlocks
+    report: Report
+    samples: list[dict[str, str]] = field(default_factory=list)
+
+    def perplexity(self, model: PreTrainedModel, what: str) -> dict[str, Any]:
+        def progress(done: int, total: int) -> None:
+            self.report(f"evaluate {what}", done, total)
+
+        texts = documents(self.options.eval_text)
+        found = perplexity(model, self.tokenizer, texts, self.options.protocol, progress=progress)
+        return found.to_dict()
+
+    def text(self, model: PreTrainedModel) -> str | None:
+        if self.options.prompt is None:
+            return None
+        return sample(
+            model, self.tokenizer, self.options.prompt, self.options.sample_tokens, self.options.seed
+        )
+
+
+def run(
+    options: RunOptions,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Report = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """Compress and heal in the stages of a recipe, measure the controls, save everything.
+
+    Args:
+        output: directory that receives the checkpoint (its root loads with `AutoModelForCausalLM.from_pretrained`),
+            `results.json` and `plan.json`.
+        resume: continue `<output>.partial` of an earlier, interrupted run with the same options.
+        report: progress callback (what, done, total).
+
+    Returns the results document (schema `kronfold/run`).
+
+    Raises:
+        OutputError: the output exists (and no `overwrite`) or cannot be written. InputError and its kin: anything
+            given that cannot be used. All are raised before any work starts.
+    """
+    output = check_output(output, overwrite)
+    started = time.monotonic()
+    recipe = load_recipe(options.recipe).with_heal_tokens(options.heal_tokens)
+    teacher = load_model(options.model, device=options.device)
+    tokenizer = load_tokenizer(options.model)
+    plan = planning.plan(teacher, recipe)
+    blocks = _blocks(options, recipe, teacher, tokenizer)
+    next(iter(documents(options.eval_text)))  # an unreadable evaluation text must not surface after hours
+    work = output.with_name(output.name + ".partial")
+    book = StepBook.open(work, _fingerprint(options, recipe, blocks), resume, discard=overwrite)
+    book.add_seconds_from(started)
+    plan.save(work / "plan.json")
+    state = _Run(options, recipe, work, book, teacher, tokenizer, blocks, report)
+    measured = _measure(state)
+    student = load_model(work / "stages" / recipe.stages[-1].name, device=options.device)
+    document = _finish(state, student, measured)
+    for leftover in ("stages", "plain", "steps.json"):
+        path = work / leftover
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    swap_directory(work, output)
+    return document
+
+
+def _measure(state: _Run) -> dict[str, Any]:
+    """All steps, each done once: teacher, the recipe, then its controls."""
+    options, book, recipe = state.options, state.book, state.recipe
+    teacher = book.step("teacher", lambda: _teacher(state))
+    unhealed = book.step("unhealed", lambda: _unhealed(state))
+    stages = _stages(state, recipe, "stages")
+    controls: dict[str, Any] = {"compressed_unhealed": unhealed}
+    if "dense" in options.controls:
+        controls["dense_finetuned"] = book.step("dense_finetuned", lambda: _dense_finetuned(state))
+    if "plain" in options.controls:
+        plain = _stages(state, recipe.without_permutations(), "plain")
+        controls["plain_kronecker"] = {"held_parameters": plain[-1]["held_parameters"], "stages": plain}
+    return {"teacher": teacher, "stages": stages, "controls": controls}
+
+
+def _blocks(options: RunOptions, recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any) -> TokenBlocks:
+    context = getattr(teacher.config, "max_position_embeddings", 1024)
+    size = min(options.block_size or 1024, context)
+    budget = sum(stage.heal.tokens for stage in recipe.stages if stage.heal)
+    return pack(documents(options.train_text), tokenizer, size, max_tokens=budget or None)
+
+
+def _fingerprint(options: RunOptions, recipe: Recipe, blocks: TokenBlocks) -> dict[str, Any]:
+    fields = {
+        key: value for key, value in asdict(options).items() if key not in ("device", "command", "name")
+    }
+    fields["dtype"] = str(options.dtype)
+    fields["controls"] = sorted(options.controls)
+    return {**fields, "recipe": recipe.model_dump(mode="json"), "train_sha256": blocks.sha256}
+
+
+def _teacher(state: _Run) -> dict[str, Any]:
+    found = state.perplexity(state.teacher, "the teacher")
+    return {
+        **cost(state.teacher).to_dict(),
+        "perplexity": found["perplexity"],
+        "evaluation": found,
+        "sample": state.text(state.teacher),
+    }
+
+
+def _unhealed(state: _Run) -> dict[str, Any]:
+    def progress(name: str, done: int, total: int) -> None:
+        state.report(f"decompose {name}".strip(), done, total)
+
+    student = compress(state.teacher, state.recipe, seed=state.options.seed, progress=progress)
+    found = state.perplexity(student, "the compressed model before healing")
+    return {"perplexity": found["perplexity"], "sample": state.text(student), **cost(student).to_dict()}
+
+
+def _dense_finetuned(state: _Run) -> dict[str, Any]:
+    """The control every distillation result needs: the uncompressed model, same data, same tokens, CE only."""
+    model = load_model(state.options.model, device=state.options.device)
+    losses: list[dict[str, float]] = []
+    tokens, seconds = 0, 0.0
+    for stage in state.recipe.stages:
+        if stage.heal is None:
+            continue
+        recipe = stage.heal.model_copy(
+            update={"objective": stage.heal.objective.model_copy(update={"kl": 0.0, "ce": 1.0})}
+        )
+        healed = _heal(state, model, recipe, f"fine-tune the dense model, stage {stage.name}", None)
+        losses += [{**entry, "tokens": entry["tokens"] + tokens} for entry in healed.losses]
+        tokens, seconds = tokens + healed.tokens, seconds + healed.seconds
+    found = state.perplexity(model, "the fine-tuned dense model")
+    return {
+        "perplexity": found["perplexity"],
+        "tokens": tokens,
+        "seconds": seconds,
+        "held_parameters": cost(model).held_parameters,
+        "losses": losses,
+    }
+
+
+def _stages(state: _Run, recipe: Recipe, track: str) -> list[dict[str, Any]]:
+    """Run the stages of `recipe`; after each, its model stands in `<work>/<track>/<stage>`."""
+    plan = planning.plan(state.teacher, recipe)
+    done: list[dict[str, Any]] = []
+    previous: str | Path = state.options.model
+    for stage in plan.stages:
+        place = state.work / track / stage.name
+        source = previous
+        done.append(state.book.step(f"{track}/{stage.name}", lambda: _stage(state, stage, source, place)))  # noqa: B023
+        previous = place
+    return done
+
+
+def _stage(state: _Run, stage: planning.PlanStage, source: str | Path, place: Path) -> dict[str, Any]:
+    def progress(name: str, done: int, total: int) -> None:
+        state.report(f"decompose {name}".strip(), done, total)
+
+    started = time.monotonic()
+    student = load_model(source, device=state.options.device)
+    rows = compress_stage(student, stage.rows, seed=state.options.seed, progress=progress)
+    decomposed = time.monotonic() - started
+    before = state.perplexity(student, f"{stage.name}, before healing")
+    entry: dict[str, Any] = {
+        "name": stage.name,
+        "rows": [row.to_dict() for row in rows],
+        "held_parameters": cost(student).held_parameters,
+        "before_healing": before["perplexity"],
+        "after_healing": before["perplexity"],
+        "decompose_seconds": round(decomposed, 2),
+        "tokens": 0,
+        "seconds": 0.0,
+        "losses": [],
+    }
+    if stage.heal:
+        trainer = place.with_name(place.name + ".trainer")
+        healed = _heal(state, student, stage.heal, f"heal {stage.name}", trainer)
+        after = state.perplexity(student, f"{stage.name}, healed")
+        entry.update(
+            after_healing=after["perplexity"],
+            tokens=healed.tokens,
+            seconds=healed.seconds,
+            losses=healed.losses,
+        )
+        shutil.rmtree(trainer, ignore_errors=True)
+    entry["sample"] = state.text(student)
+    student.save_pretrained(place)
+    state.tokenizer.save_pretrained(place)
+    return entry
+
+
+def _heal(
+    state: _Run, student: PreTrainedModel, recipe: HealRecipe, what: str, trainer_dir: Path | None
+) -> Any:
+    def progress(step: int, total: int, logs: dict[str, float] | None = None) -> None:
+        loss = f" (loss {logs['loss']:.3f})" if logs and "loss" in logs else ""
+        state.report(what + loss, step, total)
+
+    objective = ObjectiveConfig(**recipe.objective.model_dump())
+    return heal(
+        student,
+        state.teacher if objective.kl > 0 else None,
+        state.blocks,
+        tokens=recipe.tokens,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        warmup=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+        objective=objective,
+        seed=state.options.seed,
+        output_dir=trainer_dir,
+        resume=state.book.resumed,
+        progress=progress,
+    )
+
+
+def _finish(state: _Run, student: PreTrainedModel, measured: dict[str, Any]) -> dict[str, Any]:
+    """Save the student as it will be loaded, measure exactly that, and write results.json."""
+    options = state.options
+    dtype = options.dtype or load_model(options.model, dtype="auto").dtype
+    student.to(dtype)
+    attach(student)
+    student.save_pretrained(state.work)
+    state.tokenizer.save_pretrained(state.work)
+    final = state.perplexity(load_model(state.work, device=options.device), "the saved checkpoint")
+    teacher, stages, controls = measured["teacher"], measured["stages"], measured["controls"]
+    document = results.document(
+        "run",
+        options.seed,
+        command=options.command,
+        model=options.name or options.model,
+        recipe={"name": state.recipe.name, "description": state.recipe.description},
+        complete=True,
+        protocol=teacher["evaluation"]["protocol"],
+        data={
+            "heal": {
+                "source": Path(options.train_text).name,
+                "tokens": state.blocks.tokens,
+                "sha256": state.blocks.sha256,
+            },
+            "eval": {
+                "source": Path(options.eval_text).name,
+                **{key: teacher["evaluation"][key] for key in ("tokens", "words", "bytes")},
+            },
+        },
+        teacher={key: value for key, value in teacher.items() if key not in ("sample", "evaluation")},
+        **cost(student).to_dict(),
+        perplexity=final["perplexity"],
+        saved_dtype=str(dtype).removeprefix("torch."),
+        stages=[_without_sample(stage) for stage in stages],
+        controls={name: _without_sample(entry) for name, entry in controls.items()},
+        samples=_samples(options, teacher, stages, controls),
+        total_seconds=round(state.book.seconds(), 1),
+    )
+    write_json(state.work / "results.json", document)
+    return document
+
+
+def _without_sample(entry: dict[str, Any]) -> dict[str, Any]:
+    clean = {key: value for key, value in entry.items() if key != "sample"}
+    if "stages" in clean:
+        clean["stages"] = [_without_sample(stage) for stage in clean["stages"]]
+    return clean
+
+
+def _samples(
+    options: RunOptions, teacher: dict[str, Any], stages: list[dict[str, Any]], controls: dict[str, Any]
+) -> list[dict[str, str]]:
+    if options.prompt is None:
+        return []
+    texts = {
+        "teacher": teacher["sample"],
+        "compressed, before healing": controls["compressed_unhealed"]["sample"],
+        "healed": stages[-1]["sample"],
+    }
+    if "plain_kronecker" in controls:
+        texts["plain Kronecker, healed"] = controls["plain_kronecker"]["stages"][-1]["sample"]
+    return [{"who": who, "prompt": options.prompt, "text": text} for who, text in texts.items()]
+
+
+def check_controls(names: Sequence[str]) -> tuple[Control, ...]:
+    """The names as controls. Raises InputError for an unknown one."""
+    unknown = sorted(set(names) - {"dense", "plain"})
+    if unknown:
+        raise InputError(f"Unknown control {', '.join(unknown)}. Allowed: dense, plain.")
+    return tuple(name for name in ("dense", "plain") if name in names)  # type: ignore[misc]

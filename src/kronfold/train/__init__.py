@@ -1,0 +1,7 @@
+"""Training: distillation on transformers.Trainer, healing, exact resume."""
+
+from kronfold.train.heal import HealResult, heal
+from kronfold.train.precision import bf16_is_fast
+from kronfold.train.trainer import DistillationTrainer
+
+__all__ = ["DistillationTrainer", "HealResult", "bf16_is_fast", "heal"]

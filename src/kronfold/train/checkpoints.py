@@ -1,0 +1,121 @@
+"""Which checkpoint may a run continue from? Only a whole one, and only of the same run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from kronfold.base.errors import CheckpointError, OutputError
+from kronfold.base.files import write_json
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = "heal.json"  # beside the checkpoints; what must be the same for a resumed run to be the same run
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Why `checkpoint` cannot be resumed from, or None when it is whole.
+
+    The Trainer writes weights, optimiser, schedule, random states, and last `trainer_state.json`; a killed run leaves
+    a directory without it. Torn files are found by their own ends: JSON that does not parse, a zip archive without
+    its directory, a safetensors file shorter than its header says.
+    """
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except OSError:
+        return "trainer_state.json, which is written last, is missing"
+    except ValueError:
+        return "trainer_state.json is cut off"
+    if state.get("global_step") != _step(checkpoint):
+        return f"trainer_state.json is of step {state.get('global_step')}"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        if not zipfile.is_zipfile(checkpoint / name):
+            return f"{name} is missing or cut off"
+    random_states = list(checkpoint.glob("rng_state*.pth"))
+    if not random_states or not all(zipfile.is_zipfile(path) for path in random_states):
+        return "the random states are missing or cut off"
+    return _damaged_weights(checkpoint)
+
+
+def _damaged_weights(checkpoint: Path) -> str | None:
+    try:
+        index = checkpoint / "model.safetensors.index.json"
+        names = {"model.safetensors"}
+        if index.exists():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        for name in sorted(names):
+            with safe_open(checkpoint / name, framework="pt") as file:
+                file.keys()
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        return f"the weights cannot be read ({error})"
+    return None
+
+
+def newest_whole(directory: Path) -> Path | None:
+    """The whole checkpoint with the highest step in `directory`; damaged ones are named in a warning and passed by."""
+    for checkpoint in sorted(_checkpoints(directory), key=_step, reverse=True):
+        fault = damage(checkpoint)
+        if fault is None:
+            return checkpoint
+        logger.warning("Checkpoint %s is not whole (%s); trying an earlier one.", checkpoint, fault)
+    return None
+
+
+def prepare(directory: Path, settings: dict[str, Any], resume: bool) -> Path | None:
+    """Check `directory` against `settings` and note them there; returns the checkpoint to continue from, if any.
+
+    Raises:
+        OutputError: checkpoints of an earlier run are there and `resume` is False.
+        CheckpointError: `resume` is True and the earlier run had other settings, or its settings cannot be read.
+    """
+    path = directory / SETTINGS
+    if not resume and (path.exists() or _checkpoints(directory)):
+        raise OutputError(
+            f"{directory} holds checkpoints of an earlier healing. Pass resume to continue it, or choose another "
+            "directory, or delete this one."
+        )
+    if resume and path.exists():
+        _check_same(path, settings)
+    elif resume and _checkpoints(directory):
+        raise CheckpointError(
+            f"{directory} holds checkpoints but no {SETTINGS}, so they are not of a healing that can be resumed. "
+            "Choose another directory."
+        )
+    write_json(path, settings)
+    return newest_whole(directory) if resume else None
+
+
+def _check_same(path: Path, settings: dict[str, Any]) -> None:
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}); delete {path.parent} and start again."
+        ) from error
+    wanted = json.loads(json.dumps(settings))  # as it reads back: tuples become lists
+    differing = [
+        f"{key} was {earlier.get(key)!r} and is now {wanted.get(key)!r}"
+        for key in sorted({*earlier, *wanted})
+        if earlier.get(key) != wanted.get(key)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"The healing in {path.parent} cannot be continued with other settings: {'; '.join(differing)}. "
+            "Use the earlier settings, or start again in another directory."
+        )
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        return []
+    return [p for p in directory.iterdir() if p.is_dir() and re.fullmatch(r"checkpoint-\d+", p.name)]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

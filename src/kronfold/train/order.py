@@ -1,0 +1,38 @@
+"""The order in which blocks are seen: one long seeded stream, so that a position is just a number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+
+class ShuffledStream(Dataset):
+    """Exactly `length` items: `data` shuffled, then shuffled anew, and so on, as one map-style dataset.
+
+    Read from first to last, every batch is full and item i depends on (seed, i) only, not on how items are grouped into
+    batches, micro-batches or processes. So a run resumes exactly, and any split of the global batch sees the same data.
+    """
+
+    def __init__(self, data: Dataset, length: int, seed: int) -> None:
+        self.data = data
+        self.length = length
+        self.seed = seed
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        size = len(self.data)  # type: ignore[arg-type]
+        epoch, position = divmod(index, size)
+        if epoch != self._epoch:
+            # One generator per epoch; an odd multiplier keeps (seed, epoch) pairs of neighbouring seeds apart.
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+            self._order = torch.randperm(size, generator=generator).tolist()
+            self._epoch = epoch
+        return self.data[self._order[position]]
