@@ -30,16 +30,12 @@ def check_output(path: str | Path, overwrite: bool = False, allow_existing: bool
     path = Path(path)
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not (overwrite or allow_existing):
-        raise OutputError(
-            f"{path} exists already. Choose another -o/--output, or pass --overwrite to replace it."
-        )
+        raise OutputError(f"{path} exists already. Choose another -o/--output, or pass --overwrite to replace it.")
     parent = path if path.is_dir() else path.parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
-        raise OutputError(
-            f"Cannot write to {path}: {parent} is a file, not a directory. Choose another -o/--output."
-        )
+        raise OutputError(f"Cannot write to {path}: {parent} is a file, not a directory. Choose another -o/--output.")
     try:
         with tempfile.TemporaryFile(dir=parent):
             pass

@@ -44,9 +44,7 @@ class KroneckerSpec:
         object.__setattr__(self, "a", (int(self.a[0]), int(self.a[1])))
         object.__setattr__(self, "b", (int(self.b[0]), int(self.b[1])))
         if min(*self.a, *self.b, self.rank) < 1:
-            raise ShapeError(
-                f"Kronecker spec a={self.a} b={self.b} rank={self.rank}: every size must be at least 1."
-            )
+            raise ShapeError(f"Kronecker spec a={self.a} b={self.b} rank={self.rank}: every size must be at least 1.")
         if self.rank > self.max_rank:
             raise ShapeError(
                 f"Kronecker rank {self.rank} is above the maximum {self.max_rank} for a={self.a} b={self.b} "

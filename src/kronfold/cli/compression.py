@@ -47,9 +47,7 @@ def plan(
     model: t.Model,
     recipe: t.RecipeName = "tqcompressor",
     output: t.Output = None,
-    errors: Annotated[
-        bool, typer.Option(help="With weights at hand, also fit them and show relative errors.")
-    ] = True,
+    errors: Annotated[bool, typer.Option(help="With weights at hand, also fit them and show relative errors.")] = True,
     seed: t.Seed = 0,
     overwrite: t.Overwrite = False,
     json: t.Json = False,
@@ -144,9 +142,7 @@ def run(
     model: t.Model,
     train_text: t.Text,
     eval_text: t.Text,
-    output: Annotated[
-        str, typer.Option("--output", "-o", help="Directory for checkpoint, results.json and report.")
-    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="Directory for checkpoint, results.json and report.")],
     recipe: t.RecipeName = "tqcompressor",
     heal_tokens: Annotated[
         int | None,
@@ -155,13 +151,9 @@ def run(
     protocol: Annotated[str, typer.Option(help="Perplexity protocol: sliding or paper.")] = "sliding",
     controls: Annotated[
         str,
-        typer.Option(
-            help="dense (fine-tune the teacher alike), plain (no permutations), or none; comma-separated."
-        ),
+        typer.Option(help="dense (fine-tune the teacher alike), plain (no permutations), or none; comma-separated."),
     ] = "dense,plain",
-    block_size: Annotated[
-        int | None, typer.Option(help="Training window in tokens.", show_default=False)
-    ] = None,
+    block_size: Annotated[int | None, typer.Option(help="Training window in tokens.", show_default=False)] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Start of the text samples in the report.", show_default=False)
     ] = None,
@@ -217,9 +209,7 @@ def _run(
         "command": shlex.join(["kronfold", *sys.argv[1:]]),
     }
     with t.progress_bar() as report:
-        document = run_stages(
-            RunOptions(**options), output, resume=resume, overwrite=overwrite, report=report
-        )
+        document = run_stages(RunOptions(**options), output, resume=resume, overwrite=overwrite, report=report)
     write_report(document, Path(output) / "report.html")
     t.emit(document, json, run_summary(document))
     t.say(f"Checkpoint, results.json and report.html are in {output}/")
@@ -234,7 +224,5 @@ def _saved(document: dict[str, Any], output: str) -> str:
     lines = [f"{after:,} held parameters ({after / before:.1%} of {before:,}), saved in {output}/"]
     stage = document.get("stages", [{}])[0]
     if stage.get("before_healing"):
-        lines.append(
-            f"perplexity {stage['before_healing']:.2f} before healing, {stage['after_healing']:.2f} after"
-        )
+        lines.append(f"perplexity {stage['before_healing']:.2f} before healing, {stage['after_healing']:.2f} after")
     return "\n".join(lines)

@@ -21,9 +21,7 @@ def evaluate(
     model: t.Model,
     text: Annotated[
         str,
-        typer.Option(
-            "--eval-text", "--text", help="Text to measure on; files, a directory, or a datasets id."
-        ),
+        typer.Option("--eval-text", "--text", help="Text to measure on; files, a directory, or a datasets id."),
     ],
     protocol: Annotated[str, typer.Option(help="sliding (default) or paper; see README.")] = "sliding",
     batch_size: Annotated[
@@ -94,9 +92,7 @@ def inspect(model: t.Model, json: t.Json = False) -> None:
 
     t.prepare()
     source = t.resolve_model(model)
-    subject = (
-        skeleton_of(load_config(source)) if source.startswith("config:") else load_model(source, dtype="auto")
-    )
+    subject = skeleton_of(load_config(source)) if source.startswith("config:") else load_model(source, dtype="auto")
     specs = read_specs(subject)
     document = results.document(
         "inspect",
@@ -135,9 +131,7 @@ def validate(
 
     if recipe.endswith(".json"):
         made = Plan.load(recipe)
-        document = results.document(
-            "validate", None, recipe=made.recipe, stages=[stage.name for stage in made.stages]
-        )
+        document = results.document("validate", None, recipe=made.recipe, stages=[stage.name for stage in made.stages])
     else:
         loaded = load_recipe(recipe)
         document = results.document(

@@ -43,9 +43,7 @@ def pretrain(
         str, typer.Argument(metavar="CONFIG", help="A pretraining YAML file, or demo.", show_default=False)
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="Directory for the trained model.")],
-    seed: Annotated[
-        int | None, typer.Option(help="Instead of the config's seed.", show_default=False)
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of the config's seed.", show_default=False)] = None,
     resume: t.Resume = False,
     overwrite: t.Overwrite = False,
     json: t.Json = False,

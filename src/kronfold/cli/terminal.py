@@ -29,24 +29,18 @@ Model = Annotated[
         metavar="MODEL", help="A directory, a hub id, a .gguf file, config:NAME, or demo.", show_default=False
     ),
 ]
-Output = Annotated[
-    str | None, typer.Option("--output", "-o", help="Where the result goes.", show_default=False)
-]
+Output = Annotated[str | None, typer.Option("--output", "-o", help="Where the result goes.", show_default=False)]
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...; auto takes CUDA if there is one.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(
-        help="float32, float16 or bfloat16 of the saved weights; default: as in MODEL.", show_default=False
-    ),
+    typer.Option(help="float32, float16 or bfloat16 of the saved weights; default: as in MODEL.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
-Text = Annotated[
-    str, typer.Option(help=".txt, .jsonl or .parquet (also .gz), a directory of them, or a datasets id.")
-]
+Text = Annotated[str, typer.Option(help=".txt, .jsonl or .parquet (also .gz), a directory of them, or a datasets id.")]
 
 
 def emit(document: dict[str, Any], as_json: bool, *readable: Any) -> None:

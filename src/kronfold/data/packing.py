@@ -51,9 +51,7 @@ def encode_documents(documents: Iterable[str], tokenizer: Any) -> Iterator[list[
         yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def pack(
-    documents: Iterable[str], tokenizer: Any, block_size: int, *, max_tokens: int | None = None
-) -> TokenBlocks:
+def pack(documents: Iterable[str], tokenizer: Any, block_size: int, *, max_tokens: int | None = None) -> TokenBlocks:
     """Tokenise, join with the end-of-text token after every document, cut into blocks of `block_size` tokens.
 
     The rest that does not fill a block is dropped. `max_tokens`: read no further than this many tokens (rounded

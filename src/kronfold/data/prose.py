@@ -103,7 +103,5 @@ def _is_prose(text: str) -> bool:
     if not text[0].isupper() and text[0] not in "\"'(_":  # a small letter: the tail of something dropped
         return False
     letters = sum(c.isalpha() or c in _PROSE_MARKS for c in text) / len(text)
-    words = sum(
-        bool(_WORD.fullmatch(piece.strip(".,:;()\"'!?"))) or piece in ("a", "A", "I") for piece in pieces
-    )
+    words = sum(bool(_WORD.fullmatch(piece.strip(".,:;()\"'!?"))) or piece in ("a", "A", "I") for piece in pieces)
     return letters >= _PROSE_SHARE and words >= _WORD_SHARE * len(pieces)

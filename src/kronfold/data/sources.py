@@ -30,9 +30,7 @@ def documents(source: str | Path, *, split: str = "train", text_column: str = "t
     if path.exists():
         return _non_empty((text for file in _files(path) for text in _read(file, text_column)), path)
     if isinstance(source, Path) or _looks_local(source):
-        raise DataError(
-            f"{source} does not exist. Give a file, a directory, or a datasets id like 'id:config:split'."
-        )
+        raise DataError(f"{source} does not exist. Give a file, a directory, or a datasets id like 'id:config:split'.")
     return _non_empty(_hub_documents(source, split, text_column), source)
 
 
@@ -52,9 +50,7 @@ def _files(path: Path) -> list[Path]:
         return files
     if _ending(path) not in _ENDINGS:
         found = "".join(path.suffixes[-2:]) or "no ending"
-        raise DataError(
-            f"{path} has an unknown ending ({found}). {suggest(_ending(path), _ENDINGS)} Each may be .gz."
-        )
+        raise DataError(f"{path} has an unknown ending ({found}). {suggest(_ending(path), _ENDINGS)} Each may be .gz.")
     return [path]
 
 
@@ -107,9 +103,7 @@ def _jsonl(file: Iterable[bytes], path: Path, text_column: str) -> Iterator[str]
                 f"{path}, line {number} is not JSON: {error}. A .jsonl file has one object per line."
             ) from error
         if not isinstance(row, dict):
-            raise DataError(
-                f"{path}, line {number} is a JSON {type(row).__name__}; an object per line is expected."
-            )
+            raise DataError(f"{path}, line {number} is a JSON {type(row).__name__}; an object per line is expected.")
         yield _column(row, text_column, f"{path}, line {number}")
 
 

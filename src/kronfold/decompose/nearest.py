@@ -56,9 +56,7 @@ def nearest_kronecker_batch(weights: Tensor | Sequence[Tensor], spec: KroneckerS
     if columns <= rows and columns <= GRAM_SIZE:
         bases = _bases_from_chunks(matrices, spec)
     else:
-        bases = torch.stack(
-            [right_basis(kronecker.rearrange(w.double(), *spec.b), spec.rank) for w in matrices]
-        )
+        bases = torch.stack([right_basis(kronecker.rearrange(w.double(), *spec.b), spec.rank) for w in matrices])
     return [_finish(w, _refined(w, spec, basis), spec) for w, basis in zip(matrices, bases, strict=True)]
 
 

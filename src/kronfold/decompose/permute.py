@@ -76,7 +76,7 @@ def _finish(weight: Tensor, search: Search) -> Fit:
     perm_in = search.best.cols.reshape(-1).clone() if "in" in search.sides else None
     arranged = weight if perm_out is None else weight[perm_out]
     arranged = arranged if perm_in is None else arranged[:, perm_in]
-    fit = nearest_kronecker(arranged, replace(search.spec, a=_true_a(weight, search.spec)))
+    fit = nearest_kronecker(arranged, search.asked)
     history = [max(error, fit.relative_error) for error in search.history]
     return replace(fit, perm_in=perm_in, perm_out=perm_out, history=[*history, fit.relative_error])
 
@@ -88,8 +88,12 @@ def _auto(search: Search) -> Arrangement:
 def _explore(search: Search, memo: Memo) -> Arrangement:
     """Every start a few sweeps, the best of them to the end; nested families are searched in full first."""
     starts = [search.identity, by_size(search), similar(search)]
-    for spec in nested_specs(search.spec):
-        starts.append(widened(search, _nested(search, spec, memo)))
+    for spec in nested_specs(search.asked):
+        key = (spec.b, spec.rank)
+        if key not in memo:
+            memo[key] = Search(search.source, spec, search.options)
+            _explore(memo[key], memo)
+        starts.append(widened(search, memo[key]))
     tried = [search.descend(start, [exchange], TRIAL_SWEEPS) for start in starts]
     best = min(tried, key=lambda state: state.error)
     best = search.descend(best, [exchange])

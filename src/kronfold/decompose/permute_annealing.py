@@ -53,9 +53,7 @@ def _cool(search: Search, state: Arrangement, side: Side, temperature: float) ->
     return search.refit(state, side, groups)
 
 
-def _metropolis(
-    x: Tensor, basis: Tensor, groups: Tensor, temperature: float, generator: torch.Generator
-) -> Tensor:
+def _metropolis(x: Tensor, basis: Tensor, groups: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     g, k = groups.shape
     order = torch.randperm(g, generator=generator)[: g - g % 2]
     slots = torch.randint(k, (len(order),), generator=generator)

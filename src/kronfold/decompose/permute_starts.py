@@ -61,19 +61,20 @@ def widened(search: Search, child: Search) -> Arrangement:
 
     Any joining keeps the child's error, so the groups are dealt by size, where the larger family gains most.
     """
-    rows = _joined(
-        child.best.rows, search.identity.rows, search.source.square().sum(1), "out" in search.sides
-    )
-    cols = _joined(child.best.cols, search.identity.cols, search.source.square().sum(0), "in" in search.sides)
+    rows, cols = search.identity.rows, search.identity.cols
+    energy = search.source.square()
+    if "out" in search.sides:
+        rows = _joined(child.best.rows if child.asked.b[0] > 1 else None, energy.sum(1), rows.shape[1])
+    if "in" in search.sides:
+        cols = _joined(child.best.cols if child.asked.b[1] > 1 else None, energy.sum(0), cols.shape[1])
     return search.fit(rows, cols)
 
 
-def _joined(groups: Tensor, wanted: Tensor, size: Tensor, searched: bool) -> Tensor:
-    if not searched:
-        return wanted
-    share = wanted.shape[1] // groups.shape[1]
-    if share == 1 and groups.shape == wanted.shape:
+def _joined(groups: Tensor | None, size: Tensor, slots: int) -> Tensor:
+    """Groups of a child (None: single members) dealt by size to groups of `slots` members."""
+    if groups is None:
+        groups = torch.arange(len(size)).view(-1, 1)
+    share = slots // groups.shape[1]
+    if share == 1:
         return groups
-    if groups.numel() != wanted.numel():  # the child compacted this side: its block there is 1
-        groups = torch.arange(wanted.numel()).view(-1, 1)
-    return groups[dealt(size[groups].sum(1), share)].reshape(wanted.shape)
+    return groups[dealt(size[groups].sum(1), share)].reshape(-1, slots)

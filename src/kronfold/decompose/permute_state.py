@@ -44,17 +44,21 @@ class Options:
 
 
 class Search:
-    """One search: the (compacted, unit-norm) matrix, the random stream, the best arrangement so far, the history."""
+    """One search: the matrix at norm 1, the random stream, the best arrangement so far, and the history.
 
-    def __init__(self, weight: Tensor, spec: KroneckerSpec, options: Options) -> None:
+    `asked` is the spec given; `matrix` and `spec` are their compact equivalents (see `compact`).
+    """
+
+    def __init__(self, weight: Tensor, asked: KroneckerSpec, options: Options) -> None:
         weight = weight.double()
-        weight = weight / weight.abs().max()
+        weight = weight / weight.abs().max()  # squares of very small or large weights stay finite
         self.source = weight / weight.norm()
-        self.matrix, self.spec = compact(self.source, spec)
+        self.asked = asked
+        self.matrix, self.spec = compact(self.source, asked)
         self.options = options
         self.generator = torch.Generator().manual_seed(options.seed)
         self._single = self.matrix.float()  # moves are judged in float32, fits and errors in float64
-        self._single_t = self._single.T.contiguous() if spec.searches_in else self._single.T
+        self._single_t = self._single.T.contiguous() if asked.searches_in else self._single.T
         (out_a, in_a), (out_b, in_b) = self.spec.a, self.spec.b
         self.identity = self.fit(
             torch.arange(out_a * out_b).view(out_a, out_b), torch.arange(in_a * in_b).view(in_a, in_b)

@@ -1,14 +1,15 @@
 """Head and losses in chunks of tokens: no (tokens, vocabulary) tensor of the whole batch ever lives.
 
-Two loops. The outer one takes `chunk_tokens` tokens through the student's and the teacher's head, large enough for
-efficient matrix products. The inner one walks over the logits of that chunk in blocks of rows that fit the processor's
-cache, where the dozen elementwise passes of softmax and its gradient are three times faster than from memory. The
-gradients are taken at once, chunk by chunk, so nothing is computed twice and backward only scales.
+Two loops. The outer one takes `chunk_tokens` tokens through the student's and the teacher's head, large
+enough for efficient matrix products. The inner one walks over the logits of that chunk in blocks of rows that
+fit the processor's cache, where the dozen elementwise passes of softmax and its gradient are three times
+faster than from memory. The gradients are taken at once, chunk by chunk, so nothing is computed twice and
+backward only scales.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from kronfold.base.errors import InputError
 from kronfold.distill.losses import LOSSES
 
-# Logit elements per inner block. On 2 cores with 2 MB of L2 each, 2^17 to 2^20 are equally good at a vocabulary of
-# 50,257 and 3.5x faster than 2^26. Elsewhere the whole chunk is one block, for fewer kernel launches.
+# Logit elements per inner block. On 2 cores with 2 MB of L2 each, 2^17 to 2^20 are equally good at a
+# vocabulary of 50,257 and 3.5x faster than 2^26. Elsewhere the whole chunk is one block, for fewer kernel
+# launches.
 _CACHED_ELEMENTS = 1 << 19
 
 
@@ -29,8 +31,8 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
     A tied head holds none of its own; it names them by a method `source_parameters()`.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else model
-    source = getattr(head, "source_parameters", None)
-    return list(head.parameters() if source is None else source())
+    source: Callable[[], Iterable[nn.Parameter]] = getattr(head, "source_parameters", head.parameters)
+    return list(source())
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,7 @@ def chunked_loss(
     """
     needy = [name for name in weights if LOSSES.get(name).needs_teacher]
     if needy and (teacher_hidden is None or teacher_head is None):
-        raise InputError(
-            f"The loss {needy[0]!r} compares with a teacher, but none was given; pass one or drop it."
-        )
+        raise InputError(f"The loss {needy[0]!r} compares with a teacher, but none was given; pass one or drop it.")
     run = _Run(head, teacher_hidden, teacher_head, labels, dict(weights), temperature, chunk_tokens)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *parameters)):
         return _ChunkedLoss.apply(run, hidden, *parameters)
@@ -91,9 +91,8 @@ def chunked_loss(
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: _Run, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        wanted = [
-            t for t, needed in zip((hidden, *parameters), ctx.needs_input_grad[1:], strict=True) if needed
-        ]
+        inputs = (hidden, *parameters)
+        wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad[1:], strict=True) if needed]
         (total, sums), gradients = _accumulate(run, hidden, wanted)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(sums)
@@ -135,11 +134,9 @@ def _accumulate(
 
 
 @torch.no_grad()
-def _losses_of_logits(
-    run: _Run, logits: Tensor, rows: slice, differentiate: bool
-) -> tuple[Tensor, Tensor | None]:
+def _losses_of_logits(run: _Run, logits: Tensor, rows: slice, differentiate: bool) -> tuple[Tensor, Tensor | None]:
     """Sums (losses,) over the chunk `rows`, and d(weighted sum)/d(logits) in the dtype of `logits`."""
-    losses = [(LOSSES.get(name), weight) for name, weight in run.weights.items()]
+    losses = [LOSSES.get(name) for name in run.weights]
     teacher_logits = None
     if run.teacher_head is not None and run.teacher_hidden is not None:
         teacher_logits = run.teacher_head(run.teacher_hidden[rows])
@@ -147,6 +144,7 @@ def _losses_of_logits(
     tokens, vocabulary = logits.shape
     dtype = _at_least_float32(logits.dtype)
     gradient = torch.empty_like(logits) if differentiate else None
+    weights = [torch.tensor(w, dtype=dtype, device=logits.device) for w in run.weights.values()]
     sums = torch.zeros(len(losses), dtype=dtype, device=logits.device)
     step = max(1, _CACHED_ELEMENTS // vocabulary) if logits.device.type == "cpu" else tokens
     for start in range(0, tokens, step):
@@ -154,12 +152,10 @@ def _losses_of_logits(
         student = logits[block].to(dtype).requires_grad_(differentiate)
         teacher = None if teacher_logits is None else teacher_logits[block].to(dtype)
         with torch.set_grad_enabled(differentiate):
-            parts = [loss.function(student, teacher, labels[block], run.temperature) for loss, _ in losses]
+            parts = [loss.function(student, teacher, labels[block], run.temperature) for loss in losses]
         sums += torch.stack([part.detach() for part in parts])
         if gradient is not None:
-            total = [weight * part for part, (_, weight) in zip(parts, losses, strict=True)]
-            with torch.enable_grad():
-                gradient[block] = torch.autograd.grad(torch.stack(total).sum(), student)[0]
+            gradient[block] = torch.autograd.grad(parts, student, weights)[0]
     return sums, gradient
 
 

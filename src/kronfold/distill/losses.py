@@ -1,8 +1,8 @@
 """Named losses over the logits of a run of tokens.
 
-Shapes, for every loss here: student_logits and teacher_logits (tokens, vocabulary), labels (tokens,) already shifted.
-A loss returns the SUM over its tokens, in nats; tokens labelled `IGNORE` add nothing. The number of tokens comes
-separately, from `count_tokens`: sums of parts add up whatever the split, means do not.
+Shapes, for every loss here: student_logits and teacher_logits (tokens, vocabulary), labels (tokens,) already
+shifted. A loss returns the SUM over its tokens, in nats; tokens labelled `IGNORE` add nothing. The number of
+tokens comes separately, from `count_tokens`: sums of parts add up whatever the split, means do not.
 """
 
 from __future__ import annotations

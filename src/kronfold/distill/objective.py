@@ -25,7 +25,7 @@ class ObjectiveConfig:
         chunk_tokens: logits alive at a time; changes memory and speed, not the result.
 
     Raises:
-        InputError: a negative or infinite weight, all weights 0, temperature not above 0, chunk_tokens below 1.
+        InputError: a weight below 0 or infinite, all weights 0, a temperature or chunk_tokens not above 0.
     """
 
     kl: float = 1.0
@@ -35,9 +35,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         named = {name: value for name, value in asdict(self).items() if name in LOSSES}
-        bad = [
-            f"{name}={value}" for name, value in named.items() if not (math.isfinite(value) and value >= 0)
-        ]
+        bad = [f"{name}={value}" for name, value in named.items() if not 0 <= value < math.inf]
         if not math.isfinite(self.temperature) or self.temperature <= 0:
             bad.append(f"temperature={self.temperature} (must be above 0; 1 to 4 is usual)")
         if self.chunk_tokens < 1:
@@ -45,9 +43,7 @@ class ObjectiveConfig:
         if not any(named.values()):
             bad.append(f"every weight is 0; set at least one of {', '.join(named)}")
         if bad:
-            raise InputError(
-                f"Objective cannot be used: {'; '.join(bad)}. Weights are finite numbers from 0 up."
-            )
+            raise InputError(f"Objective cannot be used: {'; '.join(bad)}. Weights are finite numbers from 0 up.")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -83,14 +79,15 @@ class Objective:
             student_hidden: (batch, length, width), after the final norm.
             teacher_hidden: (batch, length, teacher width); None when `needs_teacher` is False.
             labels: (batch, length), the input tokens themselves, IGNORE where nothing is to be learnt.
-            num_items_in_batch: predicted tokens of the whole batch that this micro-batch is a part of. Everything is
-                divided by it, so gradients of micro-batches add up to exactly those of the batch. Default: those of
-                this micro-batch, which makes each value a per-token mean.
+            num_items_in_batch: predicted tokens of the whole batch that this micro-batch is a part of.
+                Everything is divided by it, so gradients of micro-batches add up to exactly those of the
+                batch. Default: those of this micro-batch, which makes each value a per-token mean.
 
         Raises:
             InputError: the objective needs a teacher and none is given.
         """
-        # The last position predicts nothing. Ignoring it keeps the hidden states in place; slicing would copy them.
+        # The last position predicts nothing. Ignoring it keeps the hidden states in place; slicing would copy
+        # them.
         shifted = torch.full_like(labels, IGNORE)
         shifted[:, :-1] = labels[:, 1:]
         total, sums = chunked_loss(

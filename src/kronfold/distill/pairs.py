@@ -1,4 +1,4 @@
-"""May this student learn from this teacher, and may its head be applied apart from it? Asked before any training."""
+"""Asked before any training: do student and teacher fit, and may a head be applied apart from its model?"""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from transformers import PreTrainedModel
 from kronfold.base.errors import InputError
 
 
-def check_pair(
-    student: PreTrainedModel, teacher: PreTrainedModel | None = None, block: int | None = None
-) -> None:
-    """Raises InputError with every reason why `student` cannot be healed from `teacher` on blocks of `block` tokens.
+def check_pair(student: PreTrainedModel, teacher: PreTrainedModel | None = None, block: int | None = None) -> None:
+    """Raises InputError with every reason why `student` cannot learn from `teacher` on blocks of `block` tokens.
 
     Reasons: vocabularies of different size, a block longer than a model's positions, tensors shared by both.
     """
@@ -21,9 +19,9 @@ def check_pair(
         sizes = _vocabulary(student), _vocabulary(teacher)
         if sizes[0] != sizes[1]:
             faults.append(
-                f"the student predicts {sizes[0]:,} tokens and the teacher {sizes[1]:,}. Distillation compares the two "
-                "distributions token by token, so take a teacher with the student's tokenizer; if one vocabulary is "
-                f"only padded, cut it first with model.resize_token_embeddings({min(sizes)})"
+                f"the student predicts {sizes[0]:,} tokens and the teacher {sizes[1]:,}. Distillation compares "
+                "them token by token, so take a teacher with the student's tokenizer; if one "
+                f"vocabulary is only padded, cut it first with model.resize_token_embeddings({min(sizes)})"
             )
         shared = {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}
         if shared:
@@ -46,8 +44,8 @@ def check_pair(
 def check_head(model: PreTrainedModel) -> None:
     """Raises InputError unless the head applied to the last hidden state is all there is to the logits.
 
-    Models that scale or cap their logits after the head would be trained on the wrong distribution. One forward pass
-    over three tokens; the model is left in the mode it was in.
+    Models that scale or cap their logits after the head would be trained on the wrong distribution. One
+    forward pass over three tokens; the model is left in the mode it was in.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Module):
@@ -65,8 +63,9 @@ def check_head(model: PreTrainedModel) -> None:
     # The same numbers through the same head; only a different batching of the product may round differently.
     if not torch.allclose(apart.float(), out.logits.float(), rtol=1e-2, atol=1e-3):
         raise InputError(
-            f"The logits of {type(model).__name__} are not its head applied to its last hidden state (the model scales "
-            "or caps them afterwards), so its losses cannot be computed in chunks; this model family is not supported."
+            f"The logits of {type(model).__name__} are not its head applied to its last hidden state (the "
+            "model scales or caps them afterwards), so its losses cannot be computed in chunks; this model "
+            "family is not supported."
         )
 
 

@@ -31,9 +31,7 @@ class Protocol:
 
 
 PROTOCOLS = {
-    "paper": Protocol(
-        "paper", 1024, 1024, "\n\n", "mean of window means, the last short window weighs as much"
-    ),
+    "paper": Protocol("paper", 1024, 1024, "\n\n", "mean of window means, the last short window weighs as much"),
     "sliding": Protocol("sliding", 1024, 512, None, "mean over tokens, each counted once with context"),
 }
 

@@ -32,9 +32,7 @@ def check_tensors(model: PreTrainedModel, specs: Mapping[str, Any], files: Itera
                 faults.append(f"{key}: shape {actual}, expected {shape}")
         known = {key.removeprefix(prefix) for key in expected}
         faults += [
-            f"{key}: not part of this structure"
-            for key in sorted(given)
-            if key.removeprefix(prefix) not in known
+            f"{key}: not part of this structure" for key in sorted(given) if key.removeprefix(prefix) not in known
         ]
     if faults:
         more = f"\n  … and {len(faults) - 8} more" if len(faults) > 8 else ""

@@ -60,7 +60,6 @@ def family_of(config: PretrainedConfig) -> Family:
     """The record for a config. Raises InputError naming the families there are."""
     if config.model_type not in FAMILIES:
         raise InputError(
-            f"Models of type {config.model_type!r} are not known to this version. "
-            f"Known: {', '.join(FAMILIES.names())}."
+            f"Models of type {config.model_type!r} are not known to this version. Known: {', '.join(FAMILIES.names())}."
         )
     return FAMILIES.get(config.model_type)

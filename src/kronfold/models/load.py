@@ -40,9 +40,7 @@ def load_config(source: str | Path) -> PretrainedConfig:
     return _from_pretrained(AutoConfig, text)
 
 
-def load_model(
-    source: str | Path, dtype: torch.dtype | str = torch.float32, device: str = "cpu"
-) -> PreTrainedModel:
+def load_model(source: str | Path, dtype: torch.dtype | str = torch.float32, device: str = "cpu") -> PreTrainedModel:
     """MODEL with its weights, in eval mode. `dtype` "auto" keeps that of the file.
 
     Raises:
@@ -73,8 +71,7 @@ def load_model(
     if faults:
         shown = "\n  ".join(faults[:8]) + (f"\n  … and {len(faults) - 8} more" if len(faults) > 8 else "")
         raise CheckpointError(
-            f"The weights in {text} do not match its config.json:\n  {shown}\n"
-            "Take both files from the same checkpoint."
+            f"The weights in {text} do not match its config.json:\n  {shown}\nTake both files from the same checkpoint."
         )
     return model.to(device)
 
@@ -147,9 +144,7 @@ def _check_weights(path: Path) -> None:
         wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         missing = sorted(wanted - {file.name for file in files})
         if missing:
-            raise CheckpointError(
-                f"{path} lacks the shards {', '.join(missing)} named in {index.name}. Copy them too."
-            )
+            raise CheckpointError(f"{path} lacks the shards {', '.join(missing)} named in {index.name}. Copy them too.")
     read_headers(files)
 
 
@@ -165,9 +160,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     try:
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
     except ImportError as error:
-        raise InputError(
-            f"Reading {path.name} needs the gguf package: pip install 'kronfold[gguf]'."
-        ) from error
+        raise InputError(f"Reading {path.name} needs the gguf package: pip install 'kronfold[gguf]'.") from error
     config = type(loaded.config).from_dict(
         {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
     )

@@ -24,9 +24,7 @@ def read_header(path: str | Path) -> dict[str, tuple[int, ...]]:
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
-            raise CheckpointError(
-                f"{path}: the header is damaged. Copy or download the file again."
-            ) from error
+            raise CheckpointError(f"{path}: the header is damaged. Copy or download the file again.") from error
     header.pop("__metadata__", None)
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if 8 + length + end != size:

@@ -82,9 +82,7 @@ def build_skeleton(model: PreTrainedModel, specs: Specs) -> None:
     """
     faults = check_specs(model, specs)
     if faults:
-        raise CheckpointError(
-            "The specs do not fit this model, which is unchanged:\n  " + "\n  ".join(faults)
-        )
+        raise CheckpointError("The specs do not fit this model, which is unchanged:\n  " + "\n  ".join(faults))
     built: dict[str, nn.Module] = {}
     # Heads last: a TiedHead needs the embedding that has just been built.
     for name, spec in sorted(specs.items(), key=lambda item: item[1]["structure"] == "tied_head"):
@@ -121,18 +119,14 @@ def _build_fused(
 ) -> FusedLinear:
     expected = family_of(model.config).parts_of(name)
     if expected is None or set(spec["parts"]) != set(expected):
-        raise CheckpointError(
-            f"parts {list(spec['parts'])} do not match this layer's parts {list(expected or ())}"
-        )
+        raise CheckpointError(f"parts {list(spec['parts'])} do not match this layer's parts {list(expected or ())}")
     rows = out_features(source) // len(expected)
     shape = (rows, in_features(source))
     has_bias = source.bias is not None
     return FusedLinear({part: build_linear(spec["parts"][part], shape, has_bias, where) for part in expected})
 
 
-def build_linear(
-    spec: Mapping[str, Any], shape: tuple[int, int], bias: bool, where: dict[str, Any]
-) -> nn.Module:
+def build_linear(spec: Mapping[str, Any], shape: tuple[int, int], bias: bool, where: dict[str, Any]) -> nn.Module:
     """An empty layer for one weight of `shape` (out, in). Raises ShapeError when the spec describes another shape."""
     if spec["structure"] == "dense":
         return nn.Linear(shape[1], shape[0], bias=bias, **where)
@@ -147,9 +141,7 @@ def dense_part(module: nn.Module, rows: tuple[int, int]) -> nn.Linear:
     """Rows of a Linear or Conv1D as an `nn.Linear` of their own (copied storage)."""
     weight = (module.weight.T if isinstance(module, Conv1D) else module.weight)[rows[0] : rows[1]]  # type: ignore[index, union-attr, operator]
     bias = module.bias
-    part = nn.Linear(
-        weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype
-    )
+    part = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         part.weight.copy_(weight)
         if bias is not None:

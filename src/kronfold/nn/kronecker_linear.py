@@ -49,9 +49,7 @@ class KroneckerLinear(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.a = nn.Parameter(torch.empty(rank, *self.spec.a, **factory))
         self.b = nn.Parameter(torch.empty(rank, *self.spec.b, **factory))
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(self.out_features, **factory)) if bias else None
-        )
+        self.register_parameter("bias", nn.Parameter(torch.empty(self.out_features, **factory)) if bias else None)
         self.register_buffer("gather_in", self._identity(self.in_features, device) if permute_in else None)
         self.register_buffer("gather_out", self._identity(self.out_features, device) if permute_out else None)
         self.reset_parameters()
@@ -141,8 +139,6 @@ class KroneckerLinear(nn.Module):
         return cls(s.a, s.b, s.rank, s.permute_in, s.permute_out, bias, device=device, dtype=dtype)
 
     def extra_repr(self) -> str:
-        sides = [
-            side for side, gather in (("in", self.gather_in), ("out", self.gather_out)) if gather is not None
-        ]
+        sides = [side for side, gather in (("in", self.gather_in), ("out", self.gather_out)) if gather is not None]
         permuted = f", permuted: {'+'.join(sides)}" if sides else ""
         return f"{self.in_features} -> {self.out_features}, {self.spec.label()}{permuted}, bias={self.bias is not None}"

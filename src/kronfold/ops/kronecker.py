@@ -57,9 +57,7 @@ def apply_b_first(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return y.transpose(1, 2).reshape(*lead, out_a * out_b)
 
 
-def macs(
-    a_shape: tuple[int, int], b_shape: tuple[int, int], rank: int, order: Order, tokens: float = 1.0
-) -> float:
+def macs(a_shape: tuple[int, int], b_shape: tuple[int, int], rank: int, order: Order, tokens: float = 1.0) -> float:
     """Multiply-accumulates per token. `dense` spreads the cost of building K over `tokens` tokens."""
     (out_a, in_a), (out_b, in_b) = a_shape, b_shape
     if order == "a_first":

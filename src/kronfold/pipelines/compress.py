@@ -141,9 +141,7 @@ def _parts_of(view: LinearView) -> dict[str, nn.Module]:
     if isinstance(view.module, FusedLinear):
         return view.module.parts
     width = view.rows[1] - view.rows[0]
-    return {
-        name: dense_part(view.module, (i * width, (i + 1) * width)) for i, name in enumerate(view.part_names)
-    }
+    return {name: dense_part(view.module, (i * width, (i + 1) * width)) for i, name in enumerate(view.part_names)}
 
 
 def _place_embedding(

@@ -92,9 +92,7 @@ class _Run:
     def text(self, model: PreTrainedModel) -> str | None:
         if self.options.prompt is None:
             return None
-        return sample(
-            model, self.tokenizer, self.options.prompt, self.options.sample_tokens, self.options.seed
-        )
+        return sample(model, self.tokenizer, self.options.prompt, self.options.sample_tokens, self.options.seed)
 
 
 def run(
@@ -165,9 +163,7 @@ def _blocks(options: RunOptions, recipe: Recipe, teacher: PreTrainedModel, token
 
 
 def _fingerprint(options: RunOptions, recipe: Recipe, blocks: TokenBlocks) -> dict[str, Any]:
-    fields = {
-        key: value for key, value in asdict(options).items() if key not in ("device", "command", "name")
-    }
+    fields = {key: value for key, value in asdict(options).items() if key not in ("device", "command", "name")}
     fields["dtype"] = str(options.dtype)
     fields["controls"] = sorted(options.controls)
     return {**fields, "recipe": recipe.model_dump(mode="json"), "train_sha256": blocks.sha256}
@@ -266,9 +262,7 @@ def _stage(state: _Run, stage: planning.PlanStage, source: str | Path, place: Pa
     return entry
 
 
-def _heal(
-    state: _Run, student: PreTrainedModel, recipe: HealRecipe, what: str, trainer_dir: Path | None
-) -> Any:
+def _heal(state: _Run, student: PreTrainedModel, recipe: HealRecipe, what: str, trainer_dir: Path | None) -> Any:
     def progress(step: int, total: int, logs: dict[str, float] | None = None) -> None:
         loss = f" (loss {logs['loss']:.3f})" if logs and "loss" in logs else ""
         state.report(what + loss, step, total)

@@ -20,9 +20,7 @@ class StepBook:
         resumed: the book was opened to continue an earlier run.
     """
 
-    def __init__(
-        self, path: Path, fingerprint: dict[str, Any], steps: dict[str, Any], seconds: float
-    ) -> None:
+    def __init__(self, path: Path, fingerprint: dict[str, Any], steps: dict[str, Any], seconds: float) -> None:
         self.path, self.fingerprint, self.steps = path, fingerprint, steps
         self.resumed = bool(steps) or path.exists()
         self._seconds, self._started = seconds, time.monotonic()

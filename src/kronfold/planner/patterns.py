@@ -25,9 +25,7 @@ def match(
     if not found:
         why = f" in blocks {blocks!r}" if named else ""
         names = sorted({re.sub(r"\.\d+\.", ".*.", view.name) for view in views})
-        raise RecipeError(
-            f"modules {list(patterns)} match nothing{why} in this model. {suggest(patterns[0], names)}"
-        )
+        raise RecipeError(f"modules {list(patterns)} match nothing{why} in this model. {suggest(patterns[0], names)}")
     return found
 
 

@@ -80,9 +80,7 @@ class Plan:
             None,
             recipe={"name": self.recipe, "description": self.description},
             **self.cost.to_dict(),
-            **{
-                f"teacher_{key.removeprefix('held_')}": value for key, value in self.teacher.to_dict().items()
-            },
+            **{f"teacher_{key.removeprefix('held_')}": value for key, value in self.teacher.to_dict().items()},
             rows=[{"stage": stage.name, **row.to_dict()} for stage in self.stages for row in stage.rows],
             heal={stage.name: stage.heal.model_dump() if stage.heal else None for stage in self.stages},
         )

@@ -55,9 +55,7 @@ def plan(model_or_config: PreTrainedModel | PretrainedConfig, recipe: str | Reci
         rows = _rows_of_stage(skeleton, stage.name, stage.compress, faults)
         stages.append(PlanStage(name=stage.name, rows=rows, heal=stage.heal))
         if not faults:
-            specs = specs_after(
-                sites(skeleton), rows, specs, family_of(skeleton.config).head if ties else None
-            )
+            specs = specs_after(sites(skeleton), rows, specs, family_of(skeleton.config).head if ties else None)
             skeleton = _rebuilt(model_or_config, specs)
     if faults:
         raise RecipeError(
@@ -105,9 +103,7 @@ def check_plan(made: Plan, model_or_config: PreTrainedModel | PretrainedConfig) 
     return cost(skeleton)
 
 
-def _rebuilt(
-    model_or_config: PreTrainedModel | PretrainedConfig, specs: Mapping[str, Any]
-) -> PreTrainedModel:
+def _rebuilt(model_or_config: PreTrainedModel | PretrainedConfig, specs: Mapping[str, Any]) -> PreTrainedModel:
     config = model_or_config if isinstance(model_or_config, PretrainedConfig) else model_or_config.config
     skeleton = skeleton_of(config)
     build_skeleton(skeleton, specs)
@@ -141,9 +137,7 @@ def _row(view: LinearView, entry: CompressRecipe) -> PlanRow:
     structure = STRUCTURES.get(entry.structure)
     if structure.fit is None:
         allowed = [name for name in STRUCTURES if STRUCTURES.get(name).fit]
-        raise RecipeError(
-            f"structure {entry.structure!r} cannot be asked for. {suggest(entry.structure, allowed)}"
-        )
+        raise RecipeError(f"structure {entry.structure!r} cannot be asked for. {suggest(entry.structure, allowed)}")
     spec = KroneckerSpec.for_weight(
         view.shape,
         entry.block,

@@ -96,9 +96,7 @@ class Recipe(_Strict):
         scale = total / sum(budgets)
         stages = [
             stage.model_copy(
-                update={
-                    "heal": stage.heal.model_copy(update={"tokens": max(1, round(stage.heal.tokens * scale))})
-                }
+                update={"heal": stage.heal.model_copy(update={"tokens": max(1, round(stage.heal.tokens * scale))})}
             )
             if stage.heal
             else stage
@@ -109,9 +107,7 @@ class Recipe(_Strict):
     def without_permutations(self) -> Recipe:
         """The control: the same shapes and budgets, plain Kronecker products."""
         stages = [
-            stage.model_copy(
-                update={"compress": [e.model_copy(update={"permute": "none"}) for e in stage.compress]}
-            )
+            stage.model_copy(update={"compress": [e.model_copy(update={"permute": "none"}) for e in stage.compress]})
             for stage in self.stages
         ]
         return self.model_copy(update={"name": f"{self.name} without permutations", "stages": stages})
@@ -120,9 +116,7 @@ class Recipe(_Strict):
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
     folder = importlib.resources.files("kronfold") / "recipes"
-    return sorted(
-        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
-    )
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def load_recipe(source: str | Path | Recipe) -> Recipe:
@@ -135,9 +129,7 @@ def load_recipe(source: str | Path | Recipe) -> Recipe:
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise RecipeError(
-                f"There is no recipe file {path}. Shipped recipes: {', '.join(shipped_recipes())}."
-            )
+            raise RecipeError(f"There is no recipe file {path}. Shipped recipes: {', '.join(shipped_recipes())}.")
         text, label = path.read_text(encoding="utf-8"), str(path)
     else:
         if str(source) not in shipped_recipes():
@@ -146,9 +138,7 @@ def load_recipe(source: str | Path | Recipe) -> Recipe:
                 "Or give the path of a .yaml file."
             )
         label = str(source)
-        text = (importlib.resources.files("kronfold") / "recipes" / f"{label}.yaml").read_text(
-            encoding="utf-8"
-        )
+        text = (importlib.resources.files("kronfold") / "recipes" / f"{label}.yaml").read_text(encoding="utf-8")
     try:
         document = yaml.safe_load(text)
     except yaml.YAMLError as error:

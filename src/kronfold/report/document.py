@@ -31,9 +31,7 @@ def check_document(document: Any, kind: str) -> None:
     """
     reads = f"this version of kronfold reads 'kronfold/{kind}', schema_version {SCHEMA_VERSION}"
     if not isinstance(document, Mapping):
-        raise InputError(
-            f"A result document must be a JSON object, but this is a {type(document).__name__}; {reads}."
-        )
+        raise InputError(f"A result document must be a JSON object, but this is a {type(document).__name__}; {reads}.")
     schema, version = document.get("schema"), document.get("schema_version")
     if schema != f"kronfold/{kind}":
         raise InputError(f"The result document has schema {schema!r}; {reads}. Give {_WRITTEN_BY[kind]}.")
@@ -72,15 +70,11 @@ def measured(results: Document) -> list[Measured]:
     rows = [_row(results, "Dense teacher", teacher.get("held_parameters"), None, teacher.get("perplexity"))]
     if dense:
         who = "Dense, fine-tuned on the same data"
-        rows.append(
-            _row(results, who, dense.get("held_parameters"), dense.get("tokens"), dense.get("perplexity"))
-        )
+        rows.append(_row(results, who, dense.get("held_parameters"), dense.get("tokens"), dense.get("perplexity")))
     stages = results["stages"]
     rows += _staged(results, "Compressed, before healing", stages, "before_healing", ours=True)
     rows += _staged(results, "Compressed and healed", stages, "after_healing", ours=True)
-    return rows + _staged(
-        results, "Plain Kronecker, healed", plain_stages(results), "after_healing", ours=False
-    )
+    return rows + _staged(results, "Plain Kronecker, healed", plain_stages(results), "after_healing", ours=False)
 
 
 def excess_perplexity(results: Document, value: Any) -> float | None:

@@ -225,16 +225,12 @@ def loss_figure(results: Document) -> Figure | None:
         trace["showlegend"] = trace["name"] not in named
         named.add(trace["name"])
     axes: Figure = {
-        "xaxis": _axis(
-            "healing tokens", rangemode="tozero", tickformat="~s", anchor=_axis_id("y", len(panels) - 1)
-        )
+        "xaxis": _axis("healing tokens", rangemode="tozero", tickformat="~s", anchor=_axis_id("y", len(panels) - 1))
     }
     for number, key in enumerate(panels):
         top, bottom = 1 - number / len(panels), 1 - (number + 1) / len(panels)
         gap = 0.06 if number + 1 < len(panels) else 0
-        axes["yaxis" + _suffix(number)] = _axis(
-            f"{titles[key]}<br>(nats per token)", domain=[bottom + gap, top]
-        )
+        axes["yaxis" + _suffix(number)] = _axis(f"{titles[key]}<br>(nats per token)", domain=[bottom + gap, top])
     plot_height, names_height = 220 * len(panels), 20
     layout = _layout(plot_height + 120, hovermode="x", **axes, **_stage_marks(results))
     layout["margin"]["t"] += names_height

@@ -101,11 +101,7 @@ def _cards(results: Document) -> list[tuple[str, str, list[str]]]:
         results.get("macs_per_token"),
         results.get("bytes_fp16"),
     )
-    index = (
-        f"+ {numbers.count(results['index_bytes'])} bytes of permutations"
-        if results.get("index_bytes")
-        else ""
-    )
+    index = f"+ {numbers.count(results['index_bytes'])} bytes of permutations" if results.get("index_bytes") else ""
     cards = [
         ("Held parameters", numbers.count(held), against("held_parameters", numbers.count)),
         (
@@ -116,9 +112,7 @@ def _cards(results: Document) -> list[tuple[str, str, list[str]]]:
         (
             "Size at fp16",
             numbers.size(stored),
-            against(
-                "bytes_fp16", numbers.size, f"{numbers.count(stored)} bytes", *([index] if index else [])
-            ),
+            against("bytes_fp16", numbers.size, f"{numbers.count(stored)} bytes", *([index] if index else [])),
         ),
     ]
     return [*cards, _perplexity_card(results)]
@@ -134,9 +128,7 @@ def _perplexity_card(results: Document) -> tuple[str, str, list[str]]:
         excess = excess_perplexity(results, value)
         lines += [f"excess {numbers.signed_percent(excess)}"] if excess is not None else []
         if not results.get("complete", True):
-            lines.append(
-                f"after stage {healed + 1}, {numbers.count(stage.get('held_parameters'))} held parameters"
-            )
+            lines.append(f"after stage {healed + 1}, {numbers.count(stage.get('held_parameters'))} held parameters")
     lines.append(f"protocol {numbers.protocol(results['protocol'])}")
     return "Perplexity, healed", numbers.perplexity(value), lines
 

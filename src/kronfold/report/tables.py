@@ -148,9 +148,7 @@ def _joined(names: Sequence[str]) -> str:
     found = [int(match.group()) for name in names if (match := re.search(r"\d+", name))]
     regular = len({b - a for a, b in itertools.pairwise(found)}) == 1
     if len(found) > 6 and regular:
-        return (
-            re.sub(r"\d+", f"{{{found[0]},{found[1]},…,{found[-1]}}}", names[0], count=1) + f" ×{len(found)}"
-        )
+        return re.sub(r"\d+", f"{{{found[0]},{found[1]},…,{found[-1]}}}", names[0], count=1) + f" ×{len(found)}"
     return re.sub(r"\d+", f"{{{','.join(map(str, found))}}}", names[0], count=1)
 
 

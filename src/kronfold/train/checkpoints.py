@@ -22,9 +22,9 @@ SETTINGS = "heal.json"  # beside the checkpoints; what must be the same for a re
 def damage(checkpoint: Path) -> str | None:
     """Why `checkpoint` cannot be resumed from, or None when it is whole.
 
-    The Trainer writes weights, optimiser, schedule, random states, and last `trainer_state.json`; a killed run leaves
-    a directory without it. Torn files are found by their own ends: JSON that does not parse, a zip archive without
-    its directory, a safetensors file shorter than its header says.
+    The Trainer writes weights, optimiser, schedule, random states, and last `trainer_state.json`; a killed
+    run leaves a directory without it. Torn files are found by their own ends: JSON that does not parse, a zip
+    archive without its directory, a safetensors file shorter than its header says.
     """
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
@@ -32,7 +32,7 @@ def damage(checkpoint: Path) -> str | None:
         return "trainer_state.json, which is written last, is missing"
     except ValueError:
         return "trainer_state.json is cut off"
-    if state.get("global_step") != _step(checkpoint):
+    if state.get("global_step") != step_of(checkpoint):
         return f"trainer_state.json is of step {state.get('global_step')}"
     for name in ("optimizer.pt", "scheduler.pt"):
         if not zipfile.is_zipfile(checkpoint / name):
@@ -58,8 +58,8 @@ def _damaged_weights(checkpoint: Path) -> str | None:
 
 
 def newest_whole(directory: Path) -> Path | None:
-    """The whole checkpoint with the highest step in `directory`; damaged ones are named in a warning and passed by."""
-    for checkpoint in sorted(_checkpoints(directory), key=_step, reverse=True):
+    """The whole checkpoint with the highest step; damaged ones are named in a warning and passed by."""
+    for checkpoint in sorted(_checkpoints(directory), key=step_of, reverse=True):
         fault = damage(checkpoint)
         if fault is None:
             return checkpoint
@@ -68,24 +68,25 @@ def newest_whole(directory: Path) -> Path | None:
 
 
 def prepare(directory: Path, settings: dict[str, Any], resume: bool) -> Path | None:
-    """Check `directory` against `settings` and note them there; returns the checkpoint to continue from, if any.
+    """Check `directory` against `settings` and note them there; returns the checkpoint to continue from.
 
     Raises:
         OutputError: checkpoints of an earlier run are there and `resume` is False.
-        CheckpointError: `resume` is True and the earlier run had other settings, or its settings cannot be read.
+        CheckpointError: `resume` is True and the earlier run had other settings, or its settings cannot be
+            read.
     """
     path = directory / SETTINGS
     if not resume and (path.exists() or _checkpoints(directory)):
         raise OutputError(
-            f"{directory} holds checkpoints of an earlier healing. Pass resume to continue it, or choose another "
-            "directory, or delete this one."
+            f"{directory} holds checkpoints of an earlier healing. Pass resume to continue it, or choose "
+            "another directory, or delete this one."
         )
     if resume and path.exists():
         _check_same(path, settings)
     elif resume and _checkpoints(directory):
         raise CheckpointError(
-            f"{directory} holds checkpoints but no {SETTINGS}, so they are not of a healing that can be resumed. "
-            "Choose another directory."
+            f"{directory} holds checkpoints but no {SETTINGS}, so they are not of a healing that can be "
+            "resumed. Choose another directory."
         )
     write_json(path, settings)
     return newest_whole(directory) if resume else None
@@ -95,9 +96,7 @@ def _check_same(path: Path, settings: dict[str, Any]) -> None:
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}); delete {path.parent} and start again."
-        ) from error
+        raise CheckpointError(f"{path} cannot be read ({error}); delete {path.parent} and start again.") from error
     wanted = json.loads(json.dumps(settings))  # as it reads back: tuples become lists
     differing = [
         f"{key} was {earlier.get(key)!r} and is now {wanted.get(key)!r}"
@@ -117,5 +116,6 @@ def _checkpoints(directory: Path) -> list[Path]:
     return [p for p in directory.iterdir() if p.is_dir() and re.fullmatch(r"checkpoint-\d+", p.name)]
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The optimiser step at which `checkpoint` was written, from its name."""
     return int(checkpoint.name.rpartition("-")[2])

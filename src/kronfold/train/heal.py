@@ -10,23 +10,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from kronfold.base.errors import DataError, InputError
-from kronfold.distill import ObjectiveConfig, check_pair
+from kronfold.distill import check_pair
 from kronfold.train import checkpoints
+from kronfold.train.config import HealConfig
 from kronfold.train.order import ShuffledStream
 from kronfold.train.precision import bf16_is_fast
 from kronfold.train.trainer import DistillationTrainer
@@ -43,8 +37,9 @@ class HealResult:
         steps: optimiser steps in all.
         seconds: wall time of this call's training loop; a resumed run counts only its own part.
         tokens_per_second: of this call; 0 when nothing was left to do.
-        losses: one entry per log: step, tokens, loss, each named loss (nats per token, mean over the steps since the
-            entry before), learning_rate.
+        losses: one entry per log: step, tokens, loss, each named loss (nats per token, mean over the steps
+            since the entry before), learning_rate.
+        learning_rate: the highest of the schedule.
         bf16: whether matrix products ran in bfloat16.
         resumed_from: the step this call continued from, or None.
     """
@@ -67,131 +62,182 @@ def heal(
     teacher: PreTrainedModel | None,
     data: Dataset,
     *,
-    tokens: int | None = None,
-    steps: int | None = None,
-    batch_size: int = 8,
-    accumulate: int = 1,
-    learning_rate: float = 1e-3,
-    warmup: float = 0.05,
-    schedule: str = "cosine",
-    weight_decay: float = 0.0,
-    objective: ObjectiveConfig | None = None,
-    seed: int = 0,
-    bf16: bool | Literal["auto"] = "auto",
     device: str | torch.device | None = None,
     output_dir: str | Path | None = None,
     resume: bool = False,
-    save_steps: int | None = None,
-    log_every: int = 10,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress | None = None,
+    **options: Any,
 ) -> HealResult:
     """Train `student` in place towards `teacher` on blocks of text.
 
-    The dense control (the teacher itself fine-tuned on the same text) is this function on `copy.deepcopy(teacher)`
-    with `teacher=None` and `ObjectiveConfig(kl=0, ce=1)`.
+    The dense control, the teacher itself fine-tuned on the same text, is this function on
+    `copy.deepcopy(teacher)` with `teacher=None` and `objective=ObjectiveConfig(kl=0, ce=1)`.
 
     Args:
-        student: trained in place, in float32; given back in float32, in the mode it was in.
-        teacher: unchanged afterwards. None when the objective needs none.
+        student: trained in place; its parameters are float32 afterwards, its mode and config are as before.
+        teacher: the same afterwards, though on the training device. None when the objective needs none.
         data: map-style dataset of {"input_ids", "labels"}, integer blocks of one length.
-        tokens: budget; rounded up to whole steps. Give this or `steps`.
-        steps: optimiser steps, each of batch_size x accumulate blocks (per process).
-        warmup: share of the steps over which the learning rate rises to `learning_rate`; then `schedule` (any name of
-            transformers' schedules) takes over.
-        weight_decay: AdamW's; never on biases and norms.
-        seed: order of the blocks and dropout. Same seed, same machine, same result.
-        bf16: autocast to bfloat16; "auto" where the machine computes in it natively.
-        device: where to train; default is the Trainer's choice (a GPU when there is one).
-        output_dir: where checkpoints go; needed for `resume` and `save_steps`.
-        resume: continue from the newest whole checkpoint in output_dir (bitwise the run that was never stopped, on CPU
-            in float32), or start afresh when there is none.
-        save_steps: a checkpoint every so many steps and at the end; the two newest are kept.
-        log_every: steps per entry of `losses`.
-        progress: called after every step with (step, steps, latest logs).
+        device: where to train: "cpu", "cuda", or None for the Trainer's choice (a GPU when there is one).
+        output_dir: where checkpoints go, plain `save_pretrained` directories with the state of the run
+            beside.
+        resume: continue from the newest whole checkpoint in output_dir, or start afresh when there is none.
+            On CPU in float32 the result is bitwise that of the run that was never stopped.
+        callbacks: further callbacks of transformers.Trainer.
+        progress: called after every step with (step, steps, latest entry of `losses`).
+        options: the fields of `HealConfig`: tokens or steps, batch_size, learning_rate, objective, seed, ...
 
     Raises:
-        InputError: budget, objective, pair or options that cannot be used; a loss that is no longer finite.
-        DataError: no blocks, or blocks that are not integer tensors of one length.
+        InputError: options, budget or pair that cannot be used; a loss that is no longer finite.
+        DataError: no blocks, or blocks that are not integers of one length.
         OutputError, CheckpointError: output_dir is taken, or its checkpoints are of another run.
     """
-    objective = objective or ObjectiveConfig()
-    block, fingerprint = _inspect_data(data)
-    _check_options(tokens, steps, batch_size, accumulate, learning_rate, warmup, log_every, save_steps)
-    if output_dir is None and (resume or save_steps):
+    config = HealConfig.from_options(**options)
+    needs_teacher = config.objective.needs_teacher
+    if output_dir is None and (resume or config.save_steps):
         raise InputError("resume and save_steps need an output_dir for the checkpoints.")
-    if objective.needs_teacher and teacher is None:
+    if needs_teacher and teacher is None:
         raise InputError("This objective needs a teacher (weight of kl above 0); pass one, or set kl to 0.")
-    check_pair(student, teacher if objective.needs_teacher else None, block)
-
+    block, fingerprint = _inspect(data)
+    check_pair(student, teacher if needs_teacher else None, block)
     with contextlib.ExitStack() as stack:
         place = Path(output_dir) if output_dir else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        on_cpu = torch.device(device).type == "cpu" if device is not None else not torch.cuda.is_available()
-        use_bf16 = bf16_is_fast("cpu" if on_cpu else "cuda") if bf16 == "auto" else bf16
-        args = TrainingArguments(
-            output_dir=str(place),
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulate,
-            learning_rate=learning_rate,
-            lr_scheduler_type=schedule,
-            weight_decay=weight_decay,
-            bf16=use_bf16,
-            use_cpu=on_cpu,
-            seed=seed,
-            logging_steps=log_every,
-            logging_first_step=True,
-            logging_nan_inf_filter=False,  # it would hide a diverged run behind the average of earlier losses
-            save_strategy="steps" if save_steps else "no",
-            save_steps=save_steps or 1,
-            save_total_limit=2,  # should the newest be damaged, there is one before it
-            report_to=[],
-            disable_tqdm=True,
-            use_cache=bool(
-                getattr(student.config, "use_cache", True)
-            ),  # the Trainer writes this into the config
-        )
-        per_step = batch_size * accumulate * args.world_size
-        total = steps if steps is not None else math.ceil((tokens or 0) / (per_step * block))
-        args.max_steps = total
-        args.warmup_steps = math.ceil(warmup * total)
-        settings = {
-            "steps": total,
-            "blocks_per_step": per_step,
-            "learning_rate": learning_rate,
-            "warmup": warmup,
-            "schedule": schedule,
-            "weight_decay": weight_decay,
-            "objective": objective.to_dict(),
-            "seed": seed,
-            "bf16": use_bf16,
-            "student_parameters": sum(p.numel() for p in student.parameters()),
-            **fingerprint,
-        }
+        args = _arguments(config, student, place, device)
+        blocks_per_step = config.batch_size * config.accumulate * args.world_size
+        args.max_steps = config.steps_for(blocks_per_step * block)
+        args.warmup_steps = math.ceil(config.warmup * args.max_steps)
+        settings = _settings(config, args, blocks_per_step, student) | fingerprint
         checkpoint = checkpoints.prepare(place, settings, resume) if output_dir else None
         stack.enter_context(_left_as_found(student, teacher))
         student.float()
-        watcher = _Watcher(progress, per_step * block)
+        watcher = _Watcher(progress, blocks_per_step * block)
         trainer = DistillationTrainer(
             student,
             teacher,
-            objective,
+            config.objective,
             args=args,
-            train_dataset=ShuffledStream(data, total * per_step, seed),
+            train_dataset=ShuffledStream(data, args.max_steps * blocks_per_step, config.seed),
             callbacks=[watcher, *callbacks],
         )
         trainer.remove_callback(PrinterCallback)  # it prints to stdout
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = time.perf_counter() - start
-        first = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-        done = trainer.state.global_step
-        return HealResult(
-            tokens=done * per_step * block,
-            steps=done,
-            seconds=seconds,
-            tokens_per_second=(done - first) * per_step * block / seconds,
-            losses=watcher.entries(trainer.state),
-            learning_rate=learning_rate,
-            bf16=use_bf16,
-            resumed_from=first if checkpoint else None,
+    steps, resumed_from = trainer.state.global_step, checkpoints.step_of(checkpoint) if checkpoint else None
+    return HealResult(
+        tokens=steps * blocks_per_step * block,
+        steps=steps,
+        seconds=seconds,
+        tokens_per_second=(steps - (resumed_from or 0)) * blocks_per_step * block / seconds,
+        losses=[watcher.entry(logs) for logs in trainer.state.log_history if "loss" in logs],
+        learning_rate=config.learning_rate,
+        bf16=args.bf16,
+        resumed_from=resumed_from,
+    )
+
+
+def _inspect(data: Dataset) -> tuple[int, dict[str, Any]]:
+    """(tokens per block, what tells this data from other data when resuming). Raises DataError."""
+    count = len(data)  # type: ignore[arg-type]
+    if count == 0:
+        raise DataError("There are no blocks to heal on: the text is shorter than one block. Give more text.")
+    ends = [np.asarray(data[i]["input_ids"]) for i in (0, count - 1)]
+    whole = all(e.ndim == 1 and np.issubdtype(e.dtype, np.integer) for e in ends)
+    if not whole or len(ends[0]) != len(ends[1]):
+        raise DataError(
+            f"Healing takes blocks of integer tokens, all of one length; the first is {ends[0].dtype} "
+            f"{ends[0].shape} and the last {ends[1].dtype} {ends[1].shape}. Pack the text into blocks first."
         )
+    if len(ends[0]) < 2:
+        raise DataError("Blocks of one token predict nothing; pack the text into longer blocks.")
+    digest = hashlib.sha256(b"".join(e.astype("<i8").tobytes() for e in ends)).hexdigest()[:16]
+    return len(ends[0]), {"blocks": count, "block": len(ends[0]), "first_and_last_block": digest}
+
+
+def _arguments(
+    config: HealConfig, student: PreTrainedModel, place: Path, device: str | torch.device | None
+) -> TrainingArguments:
+    on_cpu = not torch.cuda.is_available() if device is None else torch.device(device).type == "cpu"
+    bf16 = bf16_is_fast("cpu" if on_cpu else "cuda") if config.bf16 == "auto" else config.bf16
+    return TrainingArguments(
+        output_dir=str(place),
+        max_steps=1,  # known only when the number of processes is
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=bf16,
+        use_cpu=on_cpu,
+        seed=config.seed,
+        logging_steps=config.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would hide a diverged run behind the average of earlier losses
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        save_total_limit=2,  # should the newest be damaged, there is one before it
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=not on_cpu,
+        use_cache=bool(getattr(student.config, "use_cache", True)),  # the Trainer writes this into the config
+    )
+
+
+def _settings(
+    config: HealConfig, args: TrainingArguments, blocks_per_step: int, student: PreTrainedModel
+) -> dict[str, Any]:
+    """What must be equal for a resumed run to be the same run. How the batch is split may change."""
+    free = ("tokens", "batch_size", "accumulate", "save_steps", "log_every")
+    kept = {name: value for name, value in config.to_dict().items() if name not in free}
+    numbers = sum(p.numel() for p in student.parameters())
+    return kept | {
+        "steps": args.max_steps,
+        "bf16": args.bf16,
+        "blocks_per_step": blocks_per_step,
+        "student_parameters": numbers,
+    }
+
+
+@contextlib.contextmanager
+def _left_as_found(*models: PreTrainedModel | None) -> Iterator[None]:
+    """Undo what training leaves on a model: accelerate's wrapper around `forward`, train or eval mode."""
+    found = [(m, m.training, m.__dict__.get("forward")) for m in models if m is not None]
+    try:
+        yield
+    finally:
+        for model, training, forward in found:
+            model.__dict__.pop("_original_forward", None)
+            model.__dict__.pop("forward", None)
+            if forward is not None:
+                model.forward = forward
+            model.train(training)
+            model.zero_grad(set_to_none=True)
+
+
+class _Watcher(TrainerCallback):
+    """Feeds the progress callback, and stops a run whose loss is no longer a number."""
+
+    def __init__(self, progress: Progress | None, tokens_per_step: int) -> None:
+        self.progress = progress
+        self.tokens_per_step = tokens_per_step
+        self.latest: dict[str, float] = {}
+
+    def entry(self, logs: dict[str, float]) -> dict[str, float]:
+        left_out = ("step", "epoch")
+        head = {"step": logs["step"], "tokens": logs["step"] * self.tokens_per_step}
+        return head | {name: value for name, value in logs.items() if name not in left_out}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise InputError(
+                f"The loss is {logs['loss']} at step {state.global_step}: the healing has diverged. "
+                f"Lower the learning rate (now {args.learning_rate:g}) or raise the warm-up."
+            )
+        self.latest = self.entry({**logs, "step": state.global_step})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.progress is not None:
+            self.progress(state.global_step, state.max_steps, self.latest)

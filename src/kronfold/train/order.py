@@ -11,8 +11,9 @@ from torch.utils.data import Dataset
 class ShuffledStream(Dataset):
     """Exactly `length` items: `data` shuffled, then shuffled anew, and so on, as one map-style dataset.
 
-    Read from first to last, every batch is full and item i depends on (seed, i) only, not on how items are grouped into
-    batches, micro-batches or processes. So a run resumes exactly, and any split of the global batch sees the same data.
+    Read from first to last, every batch is full and item i depends on (seed, i) only, not on how items are
+    grouped into batches, micro-batches or processes. So a run resumes exactly, and any split of the global
+    batch sees the same data.
     """
 
     def __init__(self, data: Dataset, length: int, seed: int) -> None:
@@ -31,7 +32,8 @@ class ShuffledStream(Dataset):
         size = len(self.data)  # type: ignore[arg-type]
         epoch, position = divmod(index, size)
         if epoch != self._epoch:
-            # One generator per epoch; an odd multiplier keeps (seed, epoch) pairs of neighbouring seeds apart.
+            # One generator per epoch; an odd multiplier keeps (seed, epoch) pairs of neighbouring seeds
+            # apart.
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
             self._order = torch.randperm(size, generator=generator).tolist()
             self._epoch = epoch

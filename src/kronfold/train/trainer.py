@@ -15,22 +15,22 @@ from kronfold.distill import Objective, ObjectiveConfig, check_head, check_pair
 
 
 class DistillationTrainer(Trainer):
-    """Trains `model`, a plain language model, towards `teacher`; checkpoints are plain `save_pretrained` directories.
+    """Trains `model` towards `teacher`; checkpoints are plain `save_pretrained` directories.
 
-    The teacher is no part of the trained model: it is put into eval mode, runs without gradients, and appears neither
-    in the state dict nor in the optimiser. Its `requires_grad` flags are not touched. The head is applied in chunks
-    (see `kronfold.distill.chunked`), so full logits never exist. Every named loss gets a column of its own in
-    `state.log_history`, a mean over the logged steps like `loss`.
+    The teacher is no part of the trained model: it is put into eval mode, runs without gradients, and appears
+    neither in the state dict nor in the optimiser. Its `requires_grad` flags are not touched. The head is
+    applied in chunks (see `kronfold.distill.chunked`), so full logits never exist. Every named loss gets a
+    column of its own in `state.log_history`, a mean over the logged steps like `loss`.
 
     Args:
-        model: the student. Called with `logits_to_keep=1`, so its forward hooks and any DDP wrapper run as usual.
+        model: the student. Called with `logits_to_keep=1`; its forward hooks and any DDP wrapper run as usual.
         teacher: may be None when the objective needs none (the dense fine-tuning control: weight of `kl` 0).
         objective: weights, temperature and chunk size.
         train_dataset: items of `input_ids` and `labels`, in the order wanted: it is read from first to last.
 
     Raises:
-        InputError: no teacher though the objective needs one, a pair that does not fit, or a head that is not all
-            there is to the logits.
+        InputError: no teacher though the objective needs one, a pair that does not fit, or a head that is not
+            all there is to the logits.
     """
 
     def __init__(
@@ -42,19 +42,16 @@ class DistillationTrainer(Trainer):
         args: TrainingArguments,
         **options: Any,
     ) -> None:
-        self.objective = Objective(objective)
+        self.objective: Objective = Objective(objective)
         if self.objective.config.needs_teacher and teacher is None:
-            raise InputError(
-                "This objective needs a teacher (weight of kl above 0); pass one, or set kl to 0."
-            )
+            raise InputError("This objective needs a teacher (kl is above 0); pass one, or set kl to 0.")
         check_pair(model, teacher if self.objective.config.needs_teacher else None)
         check_head(model)
         if args.n_gpu > 1:
-            args._n_gpu = (
-                1  # several GPUs are for torchrun and DDP; nn.DataParallel would copy the student each step
-            )
+            args._n_gpu = 1  # several GPUs are for torchrun; nn.DataParallel would copy the student each step
         super().__init__(model=model, args=args, **options)
-        # The objective shifts labels and divides by num_items_in_batch, whatever the signature of the student says.
+        # The objective shifts labels and divides by num_items_in_batch, whatever the signature of the student
+        # says.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self.teacher: PreTrainedModel | None = None
@@ -66,14 +63,16 @@ class DistillationTrainer(Trainer):
         self._running_since = 0
 
     def _adopt(self, teacher: PreTrainedModel) -> None:
-        self.teacher = teacher.to(self.args.device).eval()
+        nn.Module.to(teacher, self.args.device)
+        self.teacher = teacher.eval()
         head = teacher.get_output_embeddings()
-        # Autocast keeps the low-precision copy of a trained weight, but casts a frozen one anew for every chunk.
-        # The same cast, done once, spares that.
+        # Autocast keeps the low-precision copy of a trained weight, but casts a frozen one anew for every
+        # chunk. The same cast, done once, spares that.
         self.teacher_head = copy.deepcopy(head).to(torch.bfloat16) if self.args.bf16 else head
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(data)
 
     def compute_loss(
         self,
@@ -82,7 +81,7 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The objective on one micro-batch; `inputs` holds `labels` (batch, length) beside what the models take."""
+        """The objective on one micro-batch; `inputs` are `labels` (batch, length) and what the models take."""
         labels = inputs["labels"]
         features = {name: value for name, value in inputs.items() if name != "labels"}
         with self.accelerator.autocast():
@@ -116,7 +115,7 @@ class DistillationTrainer(Trainer):
             self._running[name] += value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds each named loss, as a mean over the steps since the last log, to the logs of training steps."""
+        """Adds each named loss, as a mean over the steps since the last log, to training logs."""
         if self._running and "loss" in logs:
             steps = self.state.global_step - self._running_since
             means = self.accelerator.reduce(torch.stack(list(self._running.values())), "mean") / steps
