@@ -39,8 +39,8 @@ def evaluate(
     """Perplexity of a model on a text, by a named protocol."""
     from kronfold.base import results
     from kronfold.base.files import check_output, write_json
-    from kronfold.data.sources import documents
     from kronfold.evaluate.perplexity import perplexity
+    from kronfold.evaluate.texts import open_text
     from kronfold.models.cost import held_parameters
     from kronfold.models.load import load_model, load_tokenizer, read_dtype
 
@@ -52,7 +52,7 @@ def evaluate(
     reader = load_tokenizer(tokenizer or source)
     with t.progress_bar() as report:
         found = perplexity(
-            subject, reader, documents(text), protocol, batch_size=batch_size,
+            subject, reader, open_text(text), protocol, batch_size=batch_size,
             progress=lambda done, total: report("evaluate", done, total),
         )  # fmt: skip
     document = results.document(

@@ -18,20 +18,20 @@ from kronfold.base.errors import DataError
 from kronfold.base.files import atomic_directory, write_json
 from kronfold.data.prose import paragraphs
 
-_EXCLUDED = frozenset(
-    "site-packages dist-packages __pycache__ test tests idlelib lib2to3 turtledemo ensurepip encodings "
-    "pydoc_data lib-dynload __phello__ _pyrepl".split()
-)
+_EXCLUDED = {
+    *("site-packages", "dist-packages", "__pycache__", "lib-dynload", "ensurepip", "__phello__", "_pyrepl"),
+    *("test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data"),
+}
 _COMMENT = re.compile(r"\s*#+ ?(.*)")
 _SPLITS = ("train", "validation")
 
 
 def stdlib_documents(root: str | Path | None = None) -> Iterator[tuple[str, str]]:
-    """Yield (name, text) for every help topic, docstring and longer comment that holds prose; paragraphs separated by "\\n\\n".
+    """Yield (name, text) for every help topic, docstring and longer comment that holds prose.
 
+    Paragraphs are separated by a blank line. One that came before, in any document, is dropped, so no paragraph is
+    in two documents. The order is fixed: topics by name, then files by path, then docstrings and comments by line.
     `root`: a directory of Python sources instead of the running installation (topics are then left out).
-    A paragraph that came before, in any document, is dropped, so no sentence block is in two documents. The
-    order is fixed: topics by name, then files by path, then docstrings and comments by line.
     """
     seen: set[str] = set()
     for name, raw in _raw_documents(root):

@@ -6,9 +6,11 @@ here are compared in benchmarks/permutation_search.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from kronfold.base.errors import InputError, suggest
@@ -18,12 +20,11 @@ from kronfold.decompose.nearest import check_weight, nearest_kronecker
 from kronfold.decompose.permute_annealing import anneal
 from kronfold.decompose.permute_assignment import assign, from_identity
 from kronfold.decompose.permute_exchange import exchange
+from kronfold.decompose.permute_gains import LARGE
 from kronfold.decompose.permute_grouping import grouped, similar
-from kronfold.decompose.permute_starts import by_size, nested_specs, widened
-from kronfold.decompose.permute_state import Arrangement, Move, Options, Search
+from kronfold.decompose.permute_starts import by_size, is_small, nested_specs, widened
+from kronfold.decompose.permute_state import Options, Search
 from kronfold.decompose.permute_swaps import swap
-
-TRIAL_SWEEPS = 2  # given to every start of the default before the best goes on
 
 Memo = dict[tuple[tuple[int, int], int], Search]
 
@@ -34,7 +35,7 @@ def permuted_kronecker(
     *,
     seed: int = 0,
     method: str = "auto",
-    tolerance: float = 3e-4,
+    tolerance: float | None = None,
     target_error: float | None = None,
     max_sweeps: int = 40,
 ) -> Fit:
@@ -48,6 +49,7 @@ def permuted_kronecker(
             "assignment" (alternating assignment from identity), "annealing" (restarts and simulated annealing),
             "grouping" (similarity grouping, swaps, assignment).
         tolerance: a start ends when a sweep over the sides lowers its error by less than this share of it.
+            None means 5e-4, and 2e-3 for weights above a million numbers.
         target_error: stop as soon as the relative error is at most this; None looks as far as `tolerance` goes.
         max_sweeps: limit on sweeps per start.
 
@@ -64,10 +66,13 @@ def permuted_kronecker(
         if value is not None and not value >= 0:
             raise InputError(f"{name} must be zero or more; got {value}.")
     weight = check_weight(weight, spec)
+    if tolerance is None:
+        tolerance = 5e-4 if weight.numel() <= LARGE else 2e-3
     options = Options(seed, tolerance, -1.0 if target_error is None else target_error, max_sweeps)
     search = Search(weight, spec, options)
     if not search.done:
-        METHODS[method](search)
+        with _one_thread():
+            METHODS[method](search)
     return _finish(weight, search)
 
 
@@ -81,26 +86,44 @@ def _finish(weight: Tensor, search: Search) -> Fit:
     return replace(fit, perm_in=perm_in, perm_out=perm_out, history=[*history, fit.relative_error])
 
 
-def _auto(search: Search) -> Arrangement:
-    return _explore(search, {})
+def _auto(search: Search) -> None:
+    _explore(search, {})
 
 
-def _explore(search: Search, memo: Memo) -> Arrangement:
-    """Every start a few sweeps, the best of them to the end; nested families are searched in full first."""
-    starts = [search.identity, by_size(search), similar(search)]
-    for spec in nested_specs(search.asked):
+def _explore(search: Search, memo: Memo) -> None:
+    """One sweep from every start, the best goes on to the end; nested families are searched in full first.
+
+    Where there is a nested family its result is by far the better start, so on large weights the plain ones are
+    left out.
+    """
+    nested = nested_specs(search.asked)
+    starts = [by_size(search)]
+    if not nested or is_small(search.asked):
+        starts += [search.identity, similar(search)]
+    for spec in nested:
         key = (spec.b, spec.rank)
         if key not in memo:
             memo[key] = Search(search.source, spec, search.options)
             _explore(memo[key], memo)
         starts.append(widened(search, memo[key]))
-    tried = [search.descend(start, [exchange], TRIAL_SWEEPS) for start in starts]
-    best = min(tried, key=lambda state: state.error)
-    best = search.descend(best, [exchange])
-    return search.descend(best, [assign, swap])
+    tried = [search.descend(start, [exchange], sweeps=1) for start in starts]
+    best = search.descend(min(tried, key=lambda state: state.error), [exchange])
+    if search.matrix.numel() <= LARGE:
+        search.descend(best, [assign, swap])
 
 
-METHODS: dict[str, Callable[[Search], Arrangement]] = {
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Moves are many short tensor operations: a second thread gains little, and on a busy machine costs tenfold."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+METHODS: dict[str, Callable[[Search], None]] = {
     "assignment": from_identity,
     "annealing": anneal,
     "grouping": grouped,

@@ -19,7 +19,7 @@ STEPS = 12  # proposals per group and temperature
 HOT, COLD = 1.0, 0.01  # first and last temperature, in units of the typical change a swap makes
 
 
-def anneal(search: Search) -> Arrangement:
+def anneal(search: Search) -> None:
     """Method "annealing": the best over the restarts, each cooled and then finished by alternating assignment."""
     for restart in range(RESTARTS):
         if search.done:
@@ -31,7 +31,6 @@ def anneal(search: Search) -> Arrangement:
                 state = _cool(search, state, side, temperature)
             search.accept(state)
         search.descend(state, [assign])
-    return search.best
 
 
 def shuffled(search: Search) -> Arrangement:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kronfold.decompose.permute_gains import chunks, refill
-from kronfold.decompose.permute_state import Arrangement, Search
+from kronfold.decompose.permute_state import Search
 
 
 def assign(x: Tensor, basis: Tensor, groups: Tensor, generator: torch.Generator) -> Tensor:
@@ -23,6 +23,6 @@ def assign(x: Tensor, basis: Tensor, groups: Tensor, generator: torch.Generator)
     return groups
 
 
-def from_identity(search: Search) -> Arrangement:
+def from_identity(search: Search) -> None:
     """Method "assignment": alternate the sides from the order the weight came in."""
-    return search.descend(search.identity, [assign])
+    search.descend(search.identity, [assign])

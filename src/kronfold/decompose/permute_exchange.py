@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kronfold.decompose.permute_gains import chunks, energies, match, refill
 
-PAIR_ROUNDS = 3
+PAIR_ROUNDS = 2
 
 
 def exchange(x: Tensor, basis: Tensor, groups: Tensor, generator: torch.Generator) -> Tensor:

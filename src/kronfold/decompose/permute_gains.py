@@ -15,14 +15,20 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-GROUPS_AT_ONCE = 512  # an assignment is solved over at most this many groups
-NUMBERS_AT_ONCE = 1 << 24  # and over at most this many numbers of x
+GROUPS_AT_ONCE = 384  # an assignment is solved over at most this many groups: its cost grows with their cube
+GROUPS_AT_ONCE_LARGE = 192  # the same where there are more than LARGE numbers to arrange
+LARGE = 1 << 20  # above this a search settles for a little less, to stay within seconds
+NUMBERS_AT_ONCE = 1 << 24  # x is gathered for at most this many numbers at a time
 
 
 def chunks(groups: Tensor, members: int, width: int, generator: torch.Generator) -> list[Tensor]:
-    """The group indices in random, equal parts small enough for one move; one part when everything fits."""
+    """The group indices in random, equal parts small enough for one move; one part when everything fits.
+
+    A part holds at most `members` members; `width` is the count of numbers in each.
+    """
     g, k = groups.shape
-    limit = max(2, min(GROUPS_AT_ONCE, members // k, NUMBERS_AT_ONCE // (k * width)))
+    most = GROUPS_AT_ONCE if g * k * width <= LARGE else GROUPS_AT_ONCE_LARGE
+    limit = max(2, min(most, members // k, NUMBERS_AT_ONCE // (k * width)))
     if g <= limit:
         return [torch.arange(g)]
     return list(torch.randperm(g, generator=generator).tensor_split(-(-g // limit)))

@@ -11,11 +11,11 @@ from kronfold.decompose.permute_state import Arrangement, Search
 from kronfold.decompose.permute_swaps import MEMBERS_AT_ONCE, swap
 
 
-def grouped(search: Search) -> Arrangement:
+def grouped(search: Search) -> None:
     """Method "grouping": similar rows and columns together, refined by swaps and alternating assignment."""
     state = similar(search)
     state = search.descend(state, [swap])
-    return search.descend(state, [assign, swap])
+    search.descend(state, [assign, swap])
 
 
 def similar(search: Search) -> Arrangement:

@@ -10,7 +10,7 @@ from torch import Tensor
 from kronfold.base.specs import KroneckerSpec, divisors
 from kronfold.decompose.permute_state import Arrangement, Search
 
-THOROUGH_WORK = 1 << 18  # numbers in the weight times rank, up to which every nested family is searched
+SMALL = 1 << 16  # numbers in the weight times rank, up to which every nested family is searched
 
 
 def by_size(search: Search) -> Arrangement:
@@ -29,6 +29,11 @@ def dealt(size: Tensor, slots: int) -> Tensor:
     return size.argsort(descending=True, stable=True).view(slots, -1).T.contiguous()
 
 
+def is_small(spec: KroneckerSpec) -> bool:
+    """Searching every start and every nested family takes no noticeable time."""
+    return spec.out_features * spec.in_features * spec.rank <= SMALL
+
+
 def nested_specs(spec: KroneckerSpec) -> list[KroneckerSpec]:
     """Families contained in `spec`: what they represent, `spec` represents with the same permutations.
 
@@ -38,16 +43,17 @@ def nested_specs(spec: KroneckerSpec) -> list[KroneckerSpec]:
     straight to the one-sided families, which are cheap.
     """
     (out_b, in_b), rank = spec.b, spec.rank
-    thorough = spec.out_features * spec.in_features * rank <= THOROUGH_WORK
-    found = []
-    if thorough and rank > 1:
+    small = is_small(spec)
+    found: list[tuple[int, int, int]] = []
+    if small and rank > 1:
         found.append((out_b, in_b, rank - 1))
-    one_sided = out_b == 1 or in_b == 1
-    for size, block in ((out_b, lambda n: (n, in_b)), (in_b, lambda n: (out_b, n))):
-        if size == 1:
-            continue
-        step = divisors(size)[1] if thorough or one_sided else size
-        found.append((*block(size // step), rank // step))
+    stepwise = small or out_b == 1 or in_b == 1
+    if out_b > 1:
+        step = divisors(out_b)[1] if stepwise else out_b
+        found.append((out_b // step, in_b, rank // step))
+    if in_b > 1:
+        step = divisors(in_b)[1] if stepwise else in_b
+        found.append((out_b, in_b // step, rank // step))
     shape = spec.shape
     return [
         replace(spec, a=(shape[0] // p, shape[1] // q), b=(p, q), rank=r)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from kronfold.base.errors import InputError
 from kronfold.distill.losses import LOSSES
@@ -30,7 +31,7 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
 
     A tied head holds none of its own; it names them by a method `source_parameters()`.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else model
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else model
     source: Callable[[], Iterable[nn.Parameter]] = getattr(head, "source_parameters", head.parameters)
     return list(source())
 
@@ -129,7 +130,8 @@ def _accumulate(
                 (accumulator[rows] if tensor is hidden else accumulator).add_(gradient)
     if sums is None:
         sums = hidden.new_zeros(len(run.weights), dtype=_at_least_float32(hidden.dtype))
-    total = sums @ torch.tensor(list(run.weights.values()), dtype=sums.dtype, device=sums.device)
+    # Not a dot product: autocast would take that in bfloat16.
+    total = (sums * torch.tensor(list(run.weights.values()), dtype=sums.dtype, device=sums.device)).sum()
     return (total, sums), tuple(a.to(t.dtype) for a, t in zip(accumulators, wanted, strict=True))
 
 

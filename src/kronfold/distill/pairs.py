@@ -61,7 +61,7 @@ def check_head(model: PreTrainedModel) -> None:
     finally:
         model.train(training)
     # The same numbers through the same head; only a different batching of the product may round differently.
-    if not torch.allclose(apart.float(), out.logits.float(), rtol=1e-2, atol=1e-3):
+    if not torch.allclose(apart.float(), out.logits.float(), rtol=1e-2, atol=1e-3, equal_nan=True):
         raise InputError(
             f"The logits of {type(model).__name__} are not its head applied to its last hidden state (the "
             "model scales or caps them afterwards), so its losses cannot be computed in chunks; this model "

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
-from kronfold.base.errors import DataError, InputError, suggest
+from kronfold.base.errors import CheckpointError, DataError, InputError, suggest
 from kronfold.data.packing import encode_documents
 from kronfold.data.sources import documents
+from kronfold.distill.pairs import check_head
 
 _TOKENS_PER_BATCH = 4096  # chosen batch: about this many tokens per forward pass
-_LOGITS_PER_CHUNK = 1 << 23  # at most this many fp32 logits (32 MiB) at once
+_LOGITS_PER_CHUNK = 1 << 22  # at most about this many fp32 logits (16 MiB) at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,8 @@ def perplexity(
 
     A model with a shorter context uses its own length as window, stride alike, and `protocol["note"]` says so.
     `batch_size` (windows per forward pass) changes speed and memory only. `progress(done, total)`: windows.
-    Raises DataError (fewer than 2 tokens, unreadable text), InputError (unknown protocol, bad batch size).
+    Raises DataError (fewer than 2 tokens, unreadable text), InputError (unknown protocol, bad batch size),
+    CheckpointError (the model's loss is not finite).
     """
     if protocol not in PROTOCOLS:
         raise InputError(f"Unknown protocol '{protocol}'. {suggest(protocol, PROTOCOLS)}")
@@ -89,7 +93,7 @@ def perplexity(
         raise InputError(f"batch_size is {batch_size}; give at least 1, or leave it out.")
     chosen, note = _fit_context(PROTOCOLS[protocol], model)
     ids, words, text_bytes = _encode(_documents(text, chosen), tokenizer, chosen)
-    if len(ids) < 2:
+    if len(ids) < 2 or not text_bytes:
         raise DataError(f"The text has {len(ids)} token(s); perplexity needs at least 2. Give more text.")
     windows = list(_windows(len(ids), chosen))
     means, nll, tokens = [], 0.0, 0
@@ -97,6 +101,8 @@ def perplexity(
         means.append(total / count)
         nll += total
         tokens += count
+    if not math.isfinite(nll):
+        raise CheckpointError("The model's loss on this text is not finite: its weights hold NaN or inf. Get it again.")
     mean = math.fsum(means) / len(means) if chosen.name == "paper" else nll / tokens
     join = chosen.join if chosen.join is not None else tokenizer.eos_token
     described = {
@@ -146,9 +152,9 @@ def _documents(text: str | Path | Iterable[str], protocol: Protocol) -> Iterable
 def _encode(texts: Iterable[str], tokenizer: Any, protocol: Protocol) -> tuple[torch.Tensor, int, int]:
     """The token ids of the joined text (1-D int64), its words and its UTF-8 bytes."""
     if protocol.join is not None:
-        joined = protocol.join.join(texts)
-        texts = [joined]
-    ids: list[int] = []
+        texts = [protocol.join.join(texts)]
+    elif tokenizer.eos_token_id is None:
+        raise DataError("The tokenizer has no end-of-text token to join documents with; set tokenizer.eos_token.")
     words = text_bytes = 0
 
     def counted() -> Iterator[str]:
@@ -158,11 +164,13 @@ def _encode(texts: Iterable[str], tokenizer: Any, protocol: Protocol) -> tuple[t
             text_bytes += len(text.encode())
             yield text
 
-    for index, piece in enumerate(encode_documents(counted(), tokenizer)):
-        if index:
-            ids.append(tokenizer.eos_token_id)
-        ids.extend(piece)
-    return torch.tensor(ids, dtype=torch.long), words, text_bytes
+    pieces: list[np.ndarray] = []
+    for ids in encode_documents(counted(), tokenizer):
+        if pieces and protocol.join is None:
+            pieces.append(np.array([tokenizer.eos_token_id], dtype=np.int64))
+        pieces.append(np.array(ids, dtype=np.int64))
+    joined = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
+    return torch.from_numpy(joined), words, text_bytes
 
 
 def _windows(length: int, protocol: Protocol) -> Iterator[tuple[int, int, int]]:
@@ -185,36 +193,50 @@ def _window_losses(
     batch_size: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[float, int]]:
-    """(summed loss, targets) of each window, in order. Short windows are padded on the right, behind the mask."""
-    longest = max(end - start for start, end, _ in windows)
-    batch_size = batch_size or max(1, _TOKENS_PER_BATCH // longest)
+    """(summed loss, targets) of each window, in order. Windows of one length share a batch, so nothing is padded."""
+    body, head = _split_head(model)
+    rows = max(1, _LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size)
     training = model.training
     model.eval()
+    done = 0
     try:
-        for begin in range(0, len(windows), batch_size):
-            batch = windows[begin : begin + batch_size]
-            width = max(end - start for start, end, _ in batch)
-            inputs = torch.zeros(len(batch), width, dtype=torch.long)
-            mask = torch.zeros_like(inputs)
-            for row, (start, end, _) in enumerate(batch):
-                inputs[row, : end - start] = ids[start:end]
-                mask[row, : end - start] = 1
-            logits = model(
-                input_ids=inputs.to(model.device), attention_mask=mask.to(model.device), use_cache=False
-            ).logits
-            for row, (start, end, first) in enumerate(batch):
-                scores = logits[row, first - start - 1 : end - start - 1]
-                yield _loss(scores, ids[first:end].to(scores.device)), end - first
-            if progress:
-                progress(min(begin + batch_size, len(windows)), len(windows))
+        for width, group in groupby(windows, key=lambda window: window[1] - window[0]):
+            equal = iter(list(group))
+            size = batch_size or max(1, _TOKENS_PER_BATCH // width)
+            while batch := list(islice(equal, size)):
+                inputs = torch.stack([ids[start:end] for start, end, _ in batch]).to(model.device)
+                states = body(inputs)
+                for row, (start, end, first) in zip(states, batch, strict=True):
+                    targets = ids[first:end].to(row.device)
+                    yield _loss(row[first - start - 1 : end - start - 1], head, targets, rows), end - first
+                done += len(batch)
+                if progress:
+                    progress(done, len(windows))
     finally:
         model.train(training)
 
 
-def _loss(scores: torch.Tensor, targets: torch.Tensor) -> float:
-    """Summed cross entropy in nats of scores (tokens, vocab) against targets (tokens,), a chunk of fp32 at a time."""
-    rows = max(1, _LOGITS_PER_CHUNK // scores.shape[1])
+def _split_head(model: Any) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
+    """The model as two functions, token ids to states and states to logits, so that only targets get logits.
+
+    A model that does more to its logits than apply its head (scales or caps them) is taken in one piece.
+    """
+
+    def forward(part: Any, inputs: torch.Tensor) -> Any:
+        return part(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False)
+
+    try:
+        check_head(model)
+    except InputError:
+        return lambda inputs: forward(model, inputs).logits, lambda logits: logits
+    return lambda inputs: forward(model.base_model, inputs).last_hidden_state, model.get_output_embeddings()
+
+
+def _loss(
+    states: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], targets: torch.Tensor, rows: int
+) -> float:
+    """Summed cross entropy in nats of (tokens, width) against (tokens,); fp32 logits of `rows` tokens at a time."""
     total = 0.0
-    for piece, wanted in zip(scores.split(rows), targets.split(rows), strict=True):
-        total += functional.cross_entropy(piece.float(), wanted, reduction="none").double().sum().item()
+    for piece, wanted in zip(states.split(rows), targets.split(rows), strict=True):
+        total += functional.cross_entropy(head(piece).float(), wanted, reduction="none").double().sum().item()
     return total

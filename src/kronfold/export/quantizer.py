@@ -103,10 +103,12 @@ class KronfoldQuantizer(HfQuantizer):
         self.quantization_config.specs = read_specs(model)
         return None, {"kronfold": str(versions().get("kronfold"))}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        import torch
+
         from kronfold.export.dense import to_dense
 
-        return to_dense(model).to(dtype)
+        return to_dense(model).to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True

@@ -17,6 +17,7 @@ from kronfold.data.packing import pack
 from kronfold.data.sources import documents
 from kronfold.distill.objective import ObjectiveConfig
 from kronfold.evaluate.perplexity import perplexity
+from kronfold.evaluate.texts import open_text
 from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer, read_dtype
@@ -26,6 +27,8 @@ from kronfold.planner import planning
 from kronfold.planner.plan import Plan
 from kronfold.planner.recipe import HealRecipe
 from kronfold.train.heal import heal
+
+SAVE_STEPS = 200  # optimiser steps between trainer checkpoints: what an interrupted run can lose
 
 
 def compress_to(
@@ -100,7 +103,7 @@ def heal_to(
         if eval_text is None:
             return None
         return perplexity(
-            subject, tokenizer, documents(eval_text), protocol,
+            subject, tokenizer, open_text(eval_text), protocol,
             progress=lambda done, total: report(f"evaluate {what}", done, total),
         ).perplexity  # fmt: skip
 
@@ -118,6 +121,7 @@ def heal_to(
         objective=objective,
         seed=seed,
         output_dir=work,
+        save_steps=SAVE_STEPS,
         resume=resume,
         progress=lambda step, total, logs=None: report("heal", step, total),
     )

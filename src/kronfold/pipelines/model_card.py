@@ -23,7 +23,7 @@ def model_card(document: dict[str, Any]) -> str:
         "held parameters": f"{document['held_parameters']:,} (head tied to the embedding)",
         "size": f"{sizes['n_layer']} blocks, width {sizes['n_embd']}, {sizes['n_head']} heads, "
         f"context {sizes['n_positions']}",
-        "tokenizer": f"byte-level BPE, at most {config['tokenizer']['vocab_size']:,} entries, trained on the training split",
+        "tokenizer": f"byte-level BPE, {config['tokenizer']['vocab_size']:,} entries, from the training split",
         "training split": _split(data["train"]),
         "validation split": _split(data["validation"]),
         "training": f"{training['steps']:,} steps, {training['tokens']:,} tokens, {training['epochs']} epochs; "
@@ -48,13 +48,14 @@ nothing else; it exists to have something real to compress.
 |---|---|
 {table}
 
-**Held-out perplexity {found["perplexity"]:.4f}** per token, of the float16 weights in this directory computed in float32,
-on the validation split: {found["tokens"]:,} tokens, {found["words"]:,} words, {found["bytes"]:,} bytes. Protocol
-`{protocol["name"]}`: documents joined by `{protocol["join"]}`, window {protocol["window"]}, stride {protocol["stride"]},
-{protocol["averaging"]}. The validation split chose the step, so this number is slightly favourable; no document and no
-paragraph of it was trained on.
+**Held-out perplexity {found["perplexity"]:.4f}** per token, of the float16 weights in this directory computed in
+float32, on the validation split: {found["tokens"]:,} tokens, {found["words"]:,} words, {found["bytes"]:,} bytes.
+Protocol `{protocol["name"]}`: documents joined by `{protocol["join"]}`, window {protocol["window"]}, stride
+{protocol["stride"]}, {protocol["averaging"]}. The validation split chose the step, so this number is slightly
+favourable; no document of it was trained on.
 """
 
 
 def _split(data: dict[str, Any]) -> str:
-    return f"{data['documents']:,} documents, {data['bytes']:,} bytes, {data['tokens']:,} tokens, sha256 `{data['sha256']}`"
+    counts = f"{data['documents']:,} documents, {data['bytes']:,} bytes, {data['tokens']:,} tokens"
+    return f"{counts}, sha256 `{data['sha256']}`"

@@ -46,26 +46,26 @@ class _Strict(BaseModel):
 
 
 class DataConfig(_Strict):
-    """`source`: "stdlib" or paths and datasets ids; `holdout`: share of documents for validation, by hash of the text."""
+    """`source`: "stdlib", or paths and datasets ids; `holdout`: share of documents for validation, by their hash."""
 
     source: str | Annotated[list[str], Field(min_length=1)] = "stdlib"
-    holdout: float = Field(0.04, gt=0, lt=1)
+    holdout: float = Field(default=0.04, gt=0, lt=1)
     text_column: str = "text"
 
 
 class TokenizerConfig(_Strict):
     """Byte-level BPE, trained on the training split."""
 
-    vocab_size: int = Field(4096, ge=257)
+    vocab_size: int = Field(default=4096, ge=257)
 
 
 class ModelConfig(_Strict):
     """Sizes of a GPT-2, named as in `GPT2Config`."""
 
-    n_positions: int = Field(256, ge=2)
-    n_embd: int = Field(192, ge=1)
-    n_layer: int = Field(6, ge=1)
-    n_head: int = Field(4, ge=1)
+    n_positions: int = Field(default=256, ge=2)
+    n_embd: int = Field(default=192, ge=1)
+    n_layer: int = Field(default=6, ge=1)
+    n_head: int = Field(default=4, ge=1)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -82,12 +82,12 @@ class TrainingConfig(_Strict):
     """
 
     steps: int = Field(ge=1)
-    batch_size: int = Field(16, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    warmup: float = Field(0.03, ge=0, lt=1)
-    weight_decay: float = Field(0.1, ge=0)
-    dropout: float = Field(0.1, ge=0, lt=1)
-    evaluate_every: int = Field(200, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    weight_decay: float = Field(default=0.1, ge=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    evaluate_every: int = Field(default=200, ge=1)
     bf16: bool | Literal["auto"] = "auto"
     compile: bool = False
 
@@ -100,11 +100,11 @@ class PretrainConfig(_Strict):
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
 
 def load_pretrain_config(source: str | Path | PretrainConfig) -> PretrainConfig:
-    """A config by path of a YAML file, "demo" for the shipped one, or as it is. Raises RecipeError, all faults at once."""
+    """A config by path of a YAML file, "demo" for the shipped one, or as it is. Raises RecipeError with all faults."""
     if isinstance(source, PretrainConfig):
         return source
     path = Path(source)
@@ -148,7 +148,9 @@ def pretrain(
     partial = output.with_name(output.name + ".partial")
     if partial.exists() and not resume:
         if not overwrite:
-            raise OutputError(f"{partial} holds an unfinished run. Pass resume to continue it, or overwrite to start anew.")
+            raise OutputError(
+                f"{partial} holds an unfinished run. Pass resume to continue it, or overwrite to start anew."
+            )
         shutil.rmtree(partial)
 
     texts = _splits(config.data)
@@ -207,7 +209,6 @@ def _gpt2_config(config: PretrainConfig, tokenizer: Any) -> GPT2Config:
         attn_pdrop=0.0,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
 
 
@@ -269,10 +270,11 @@ class _Watcher(TrainerCallback):
         self.progress = progress
         self.latest: dict[str, float] = {}
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
         self.latest.update({key: logs[key] for key in ("loss", "eval_loss", "learning_rate") if key in logs})
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress(state.global_step, state.max_steps, self.latest)
 
 
@@ -295,7 +297,12 @@ def _summary(trainer: Trainer, config: PretrainConfig, seconds: float, checkpoin
 
 
 def _write(
-    place: Path, model: GPT2LMHeadModel, tokenizer: Any, validation: list[str], config: PretrainConfig, run: dict[str, Any]
+    place: Path,
+    model: GPT2LMHeadModel,
+    tokenizer: Any,
+    validation: list[str],
+    config: PretrainConfig,
+    run: dict[str, Any],
 ) -> dict[str, Any]:
     model.config.resid_pdrop = model.config.embd_pdrop = 0.0  # dropout belongs to this run, not to the model
     model.config.name_or_path = ""
@@ -303,7 +310,7 @@ def _write(
     tokenizer.save_pretrained(place)
     shipped = GPT2LMHeadModel.from_pretrained(place, dtype=torch.float32)
     found = perplexity(shipped, tokenizer, validation, "sliding")
-    document = results.document("pretrain", config.seed, **run, evaluation=found.to_dict())
+    document = results.document("pretrain", config.seed, perplexity=found.perplexity, **run, evaluation=found.to_dict())
     write_json(place / "results.json", document)
     (place / "README.md").write_text(model_card(document), encoding="utf-8")
     return document

@@ -24,6 +24,7 @@ from kronfold.data.sources import documents
 from kronfold.distill.objective import ObjectiveConfig
 from kronfold.evaluate.perplexity import perplexity
 from kronfold.evaluate.samples import sample
+from kronfold.evaluate.texts import open_text
 from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer
@@ -34,6 +35,7 @@ from kronfold.planner.recipe import HealRecipe, Recipe, load_recipe
 from kronfold.train.heal import heal
 
 Control = Literal["dense", "plain"]
+SAVE_STEPS = 200  # optimiser steps between trainer checkpoints: what an interrupted run can lose
 Report = Callable[[str, int, int], None]
 
 
@@ -85,8 +87,8 @@ class _Run:
         def progress(done: int, total: int) -> None:
             self.report(f"evaluate {what}", done, total)
 
-        texts = documents(self.options.eval_text)
-        found = perplexity(model, self.tokenizer, texts, self.options.protocol, progress=progress)
+        text = open_text(self.options.eval_text)
+        found = perplexity(model, self.tokenizer, text, self.options.protocol, progress=progress)
         return found.to_dict()
 
     def text(self, model: PreTrainedModel) -> str | None:
@@ -280,6 +282,7 @@ def _heal(state: _Run, student: PreTrainedModel, recipe: HealRecipe, what: str, 
         objective=objective,
         seed=state.options.seed,
         output_dir=trainer_dir,
+        save_steps=SAVE_STEPS if trainer_dir else None,
         resume=state.book.resumed,
         progress=progress,
     )

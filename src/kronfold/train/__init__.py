@@ -1,7 +1,8 @@
 """Training: distillation on transformers.Trainer, healing, exact resume."""
 
+from kronfold.train.config import HealConfig
 from kronfold.train.heal import HealResult, heal
 from kronfold.train.precision import bf16_is_fast
 from kronfold.train.trainer import DistillationTrainer
 
-__all__ = ["DistillationTrainer", "HealResult", "bf16_is_fast", "heal"]
+__all__ = ["DistillationTrainer", "HealConfig", "HealResult", "bf16_is_fast", "heal"]

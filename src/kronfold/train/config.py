@@ -31,9 +31,12 @@ class HealConfig:
         weight_decay: AdamW's; never on biases and norms.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
         objective: losses, weights, temperature.
+        dropout: whether the student's dropout stays on. A compressed model on a short budget underfits, and
+            attention without dropout has far faster kernels, so it is off unless asked for.
         seed: order of the blocks and dropout. Same seed, same machine, same result.
         bf16: autocast to bfloat16; "auto" where the machine computes in it natively.
-        save_steps: a checkpoint every so many steps and at the end, the two newest kept. None: none.
+        save_steps: a checkpoint every so many steps and at the end, the two newest kept. Only with an
+            output_dir; None is a tenth of the run.
         log_every: steps per entry of the loss record.
 
     Raises:
@@ -50,6 +53,7 @@ class HealConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    dropout: bool = False
     seed: int = 0
     bf16: bool | Literal["auto"] = "auto"
     save_steps: int | None = None

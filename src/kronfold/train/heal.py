@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from kronfold.base.errors import DataError, InputError
 from kronfold.distill import check_pair
@@ -95,7 +96,7 @@ def heal(
     config = HealConfig.from_options(**options)
     needs_teacher = config.objective.needs_teacher
     if output_dir is None and (resume or config.save_steps):
-        raise InputError("resume and save_steps need an output_dir for the checkpoints.")
+        raise InputError("resume and save_steps need checkpoints; say where with output_dir.")
     if needs_teacher and teacher is None:
         raise InputError("This objective needs a teacher (weight of kl above 0); pass one, or set kl to 0.")
     block, fingerprint = _inspect(data)
@@ -104,12 +105,13 @@ def heal(
         place = Path(output_dir) if output_dir else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         args = _arguments(config, student, place, device)
         blocks_per_step = config.batch_size * config.accumulate * args.world_size
-        args.max_steps = config.steps_for(blocks_per_step * block)
-        args.warmup_steps = math.ceil(config.warmup * args.max_steps)
+        _set_budget(args, config, config.steps_for(blocks_per_step * block), saves=output_dir is not None)
         settings = _settings(config, args, blocks_per_step, student) | fingerprint
         checkpoint = checkpoints.prepare(place, settings, resume) if output_dir else None
         stack.enter_context(_left_as_found(student, teacher))
         student.float()
+        if not config.dropout:
+            stack.enter_context(_without_dropout(student))
         watcher = _Watcher(progress, blocks_per_step * block)
         trainer = DistillationTrainer(
             student,
@@ -161,7 +163,6 @@ def _arguments(
     bf16 = bf16_is_fast("cpu" if on_cpu else "cuda") if config.bf16 == "auto" else config.bf16
     return TrainingArguments(
         output_dir=str(place),
-        max_steps=1,  # known only when the number of processes is
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulate,
         learning_rate=config.learning_rate,
@@ -174,14 +175,20 @@ def _arguments(
         logging_steps=config.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would hide a diverged run behind the average of earlier losses
-        save_strategy="steps" if config.save_steps else "no",
-        save_steps=config.save_steps or 500,
         save_total_limit=2,  # should the newest be damaged, there is one before it
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=not on_cpu,
         use_cache=bool(getattr(student.config, "use_cache", True)),  # the Trainer writes this into the config
     )
+
+
+def _set_budget(args: TrainingArguments, config: HealConfig, steps: int, saves: bool) -> None:
+    """What depends on the number of steps, which is known only once the number of processes is."""
+    args.max_steps = steps
+    args.warmup_steps = math.ceil(config.warmup * steps)
+    args.save_strategy = SaveStrategy.STEPS if saves else SaveStrategy.NO
+    args.save_steps = config.save_steps or math.ceil(steps / 10)
 
 
 def _settings(
@@ -201,18 +208,37 @@ def _settings(
 
 @contextlib.contextmanager
 def _left_as_found(*models: PreTrainedModel | None) -> Iterator[None]:
-    """Undo what training leaves on a model: accelerate's wrapper around `forward`, train or eval mode."""
-    found = [(m, m.training, m.__dict__.get("forward")) for m in models if m is not None]
+    """Undo what training leaves on a model: gradients, train or eval mode, accelerate's wrapper of `forward`."""
+    wrapping = ("forward", "_original_forward", "_is_accelerate_prepared")
+    found = [
+        (model, model.training, {name: model.__dict__[name] for name in wrapping if name in model.__dict__})
+        for model in models
+        if model is not None
+    ]
     try:
         yield
     finally:
-        for model, training, forward in found:
-            model.__dict__.pop("_original_forward", None)
-            model.__dict__.pop("forward", None)
-            if forward is not None:
-                model.forward = forward
+        for model, training, before in found:
+            for name in wrapping:
+                model.__dict__.pop(name, None)
+            model.__dict__.update(before)
             model.train(training)
             model.zero_grad(set_to_none=True)
+
+
+@contextlib.contextmanager
+def _without_dropout(model: PreTrainedModel) -> Iterator[None]:
+    """Every dropout rate 0: modules, and the plain number some attention classes keep."""
+    names = [(module, "p") for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    names += [(module, "attention_dropout") for module in model.modules() if hasattr(module, "attention_dropout")]
+    found = [(module, name, getattr(module, name)) for module, name in names]
+    try:
+        for module, name, _ in found:
+            setattr(module, name, 0.0)
+        yield
+    finally:
+        for module, name, rate in found:
+            setattr(module, name, rate)
 
 
 class _Watcher(TrainerCallback):

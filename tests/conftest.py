@@ -1,0 +1,38 @@
+"""Shared, read-only fixtures. Nothing here touches the network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+import kronfold as kf
+import pico
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def teacher():
+    """A pico GPT-2; do not change it."""
+    return pico.gpt2()
+
+
+@pytest.fixture(scope="session")
+def students(teacher):
+    """The teacher compressed by each shipped recipe; do not change them."""
+    return {recipe: kf.compress(teacher, recipe) for recipe in pico.RECIPES}
+
+
+@pytest.fixture(scope="session")
+def checkpoints(students, tmp_path_factory):
+    """Each student saved as a model directory; do not change them."""
+    places = {}
+    for recipe, student in students.items():
+        places[recipe] = tmp_path_factory.mktemp("checkpoints") / recipe
+        student.save_pretrained(places[recipe])
+        pico.tokenizer().save_pretrained(places[recipe])
+    return places

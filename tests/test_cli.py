@@ -1,0 +1,249 @@
+"""The command line as a person uses it: exit codes, one document on stdout, errors of one paragraph."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import pico
+from kronfold.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return pico.model_directory(tmp_path_factory.mktemp("cli") / "model", n_layer=2)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(pico.TEXT * 60)
+    return path
+
+
+@pytest.fixture
+def call(capsys):
+    """Run a command; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return stopped.value.code, captured.out, captured.err
+
+    return run
+
+
+def test_help_imports_no_torch():
+    program = (
+        "import sys\nfrom kronfold.cli.main import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("demo", "plan", "compress", "heal", "run", "eval", "inspect", "validate", "pretrain", "data"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize(("recipe", "held"), [("tqcompressor", 81_336_388), ("tqcompressor-untied", 119_933_764)])
+def test_plan_of_gpt2(call, recipe, held):
+    code, out, _ = call("plan", "config:gpt2", "--recipe", recipe, "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert (document["held_parameters"], document["teacher_parameters"]) == (held, 124_439_808)
+    code, out, _ = call("plan", "config:gpt2", "--recipe", recipe)
+    assert f"{held:,}" in out
+    assert "124,439,808" in out
+
+
+def test_compress_inspect_eval_validate(call, model, text, tmp_path):
+    out_dir = tmp_path / "small"
+    code, out, _ = call("compress", model, "-o", out_dir, "--json")
+    compressed = json.loads(out)
+    assert code == 0
+    assert compressed["held_parameters"] < compressed["teacher"]["held_parameters"]
+    assert all(row["relative_error"] > 0 for row in compressed["stages"][1]["rows"])
+
+    code, out, _ = call("inspect", out_dir, "--json")
+    inspected = json.loads(out)
+    assert code == 0
+    assert inspected["held_parameters"] == compressed["held_parameters"]
+    assert inspected["modules"]["lm_head"] == {"structure": "tied_head"}
+    assert "kronecker" in call("inspect", out_dir)[1]
+
+    measured = tmp_path / "eval.json"
+    code, out, _ = call("eval", out_dir, "--eval-text", text, "-o", measured, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert {"perplexity", "protocol", "tokens", "words", "bytes", "nll"} <= set(found)
+    assert json.loads(measured.read_text()) == found
+    assert f"{found['perplexity']:.4f}" in call("eval", out_dir, "--eval-text", text)[1]
+
+    assert call("validate", "tqcompressor", "--model", model)[0] == 0
+    plan = tmp_path / "plan.json"
+    assert call("plan", model, "--no-errors", "-o", plan)[0] == 0
+    assert "fits" in call("validate", plan, "--model", model)[1]
+    assert call("compress", model, "--plan", plan, "-o", tmp_path / "by-plan")[0] == 0
+
+
+def test_heal_improves_and_reports(call, model, text, tmp_path):
+    assert call("compress", model, "-o", tmp_path / "small")[0] == 0
+    code, out, _ = call(
+        "heal", tmp_path / "small", "--teacher", model, "--train-text", text, "--eval-text", text,
+        "--heal-tokens", 8000, "--batch-size", 4, "-o", tmp_path / "healed", "--device", "cpu", "--json",
+    )  # fmt: skip
+    assert code == 0
+    stage = json.loads(out)["stages"][0]
+    assert stage["after_healing"] < stage["before_healing"]
+    assert json.loads((tmp_path / "healed" / "results.json").read_text())["stages"][0] == stage
+    assert not (tmp_path / "healed.partial").exists()
+    found = json.loads(call("eval", tmp_path / "healed", "--eval-text", text, "--json")[1])
+    assert found["perplexity"] == pytest.approx(stage["after_healing"], rel=1e-5)
+
+
+def test_data_stdlib(call, tmp_path):
+    code, out, _ = call("data", "stdlib", "-o", tmp_path / "text", "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads((tmp_path / "text" / "manifest.json").read_text())
+
+
+# --- named bad input: exit code 2, one paragraph, files as they were ------------------------------------------------
+
+
+def _truncated(model, tmp_path):
+    place = tmp_path / "cut"
+    place.mkdir()
+    for file in model.iterdir():
+        (place / file.name).write_bytes(file.read_bytes())
+    weights = (place / "model.safetensors").read_bytes()
+    (place / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    return place
+
+
+def _without(model, tmp_path, *names):
+    place = tmp_path / "lacking"
+    place.mkdir()
+    for file in model.iterdir():
+        if file.name not in names:
+            (place / file.name).write_bytes(file.read_bytes())
+    return place
+
+
+def _mismatched(model, tmp_path):
+    place = _without(model, tmp_path)
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, "n_layer": 3}))
+    return place
+
+
+def _file(tmp_path, name, content: bytes):
+    (tmp_path / name).write_bytes(content)
+    return tmp_path / name
+
+
+BAD = {
+    "truncated weights": (lambda m, t: ["inspect", _truncated(m, t)], "cut short or damaged"),
+    "config and weights differ": (lambda m, t: ["inspect", _mismatched(m, t)], "do not match its config.json.*missing"),
+    "no tokenizer": (
+        lambda m, t: ["eval", _without(m, t, "tokenizer.json"), "--text", _file(t, "t.txt", b"the fox")],
+        "no tokenizer",
+    ),
+    "no weights": (lambda m, t: ["inspect", _without(m, t, "model.safetensors")], "no .safetensors file"),
+    "no config": (lambda m, t: ["inspect", _without(m, t, "config.json")], "no config.json"),
+    "empty text": (lambda m, t: ["eval", m, "--text", _file(t, "t.txt", b"")], "no text|empty"),
+    "short text": (
+        lambda m, t: ["heal", m, "--teacher", m, "--train-text", _file(t, "t.txt", b"the fox"), "-o", t / "out"],
+        "shorter than|too short",
+    ),
+    "not UTF-8": (lambda m, t: ["eval", m, "--text", _file(t, "t.txt", b"caf\xe9 au lait")], "UTF-8.*byte 3"),
+    "no such text": (lambda m, t: ["eval", m, "--text", t / "none.txt"], "does not exist"),
+    "no such model": (lambda m, t: ["plan", t / "none"], "no directory"),
+    "unknown recipe": (lambda m, t: ["plan", m, "--recipe", "tqcompresor"], "Did you mean 'tqcompressor'"),
+    "unknown protocol": (
+        lambda m, t: ["eval", m, "--text", _file(t, "t.txt", b"the fox"), "--protocol", "slding"],
+        "Did you mean 'sliding'",
+    ),
+    "unknown dtype": (lambda m, t: ["compress", m, "-o", t / "out", "--dtype", "int4"], "Allowed: float32"),
+    "output exists": (lambda m, t: ["compress", m, "-o", m], "exists already.*--overwrite"),
+    "output inside a file": (
+        lambda m, t: ["compress", m, "-o", _file(t, "f", b"x") / "out"],
+        "is a file, not a directory",
+    ),
+    "no weights in a size": (lambda m, t: ["compress", "config:gpt2", "-o", t / "out"], "names a size, not weights"),
+    "no such device": (lambda m, t: ["eval", m, "--text", _file(t, "t.txt", b"fox"), "--device", "warp"], "cannot be used"),
+    "unknown option": (lambda m, t: ["plan", m, "--recipee", "x"], "No such option"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(call, model, tmp_path, case):
+    make, message = BAD[case]
+    arguments = make(model, tmp_path)
+    before = {path: path.read_bytes() for path in [*tmp_path.rglob("*"), *model.iterdir()] if path.is_file()}
+    code, out, err = call(*arguments)
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    import re
+
+    assert re.search(message, " ".join(err.split())), err
+    after = {path: path.read_bytes() for path in [*tmp_path.rglob("*"), *model.iterdir()] if path.is_file()}
+    assert after == before
+
+
+def test_debug_shows_the_traceback(call, tmp_path):
+    code, _, err = call("plan", tmp_path / "none", "--debug")
+    assert code == 2
+    assert "Traceback" in err
+
+
+def test_a_fault_of_our_own_is_exit_1(call, monkeypatch):
+    import kronfold.planner.recipe
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(kronfold.planner.recipe, "load_recipe", broken)
+    code, _, err = call("validate", "tqcompressor")
+    assert code == 1
+    assert "planted" in err
+    assert "--debug" in err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_weights_that_cannot_be_fitted(call, tmp_path, value):
+    import torch
+
+    model = pico.gpt2(n_layer=2)
+    with torch.no_grad():
+        weight = model.transformer.h[1].mlp.c_fc.weight
+        weight.zero_() if value == 0 else weight[3, 4].fill_(value)
+    model.save_pretrained(tmp_path / "bad")
+    pico.tokenizer().save_pretrained(tmp_path / "bad")
+    code, _, err = call("compress", tmp_path / "bad", "-o", tmp_path / "out")
+    assert code == 2
+    assert "transformer.h.1.mlp.c_fc" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(call, model, tmp_path, monkeypatch):
+    import errno
+
+    from transformers import PreTrainedModel
+
+    assert call("compress", model, "-o", tmp_path / "small")[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "small").iterdir()}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    code, _, err = call("compress", model, "-o", tmp_path / "small", "--overwrite")
+    assert code == 2
+    assert "No space left" in err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "small").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]

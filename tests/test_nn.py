@@ -1,0 +1,202 @@
+"""One contract for every structured layer: same results as its dense twin, in every dtype, with gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kronfold.base.errors import ShapeError
+from kronfold.nn import FactorizedEmbedding, FusedLinear, KroneckerLinear, TiedHead
+
+
+def _kronecker(rank, a, b, sides, bias=True):
+    layer = KroneckerLinear(a, b, rank, "in" in sides, "out" in sides, bias, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        for gather in (layer.gather_in, layer.gather_out):
+            if gather is not None:
+                gather.copy_(torch.randperm(gather.numel(), generator=generator))
+    return layer
+
+
+LAYERS = {
+    "kronecker rank 1 (1, 2)": lambda: _kronecker(1, (6, 4), (1, 2), "in"),
+    "kronecker rank 4 (4, 2)": lambda: _kronecker(4, (3, 4), (4, 2), "in out"),
+    "kronecker rank 2 (2, 4)": lambda: _kronecker(2, (6, 2), (2, 4), "out"),
+    "kronecker plain, no bias": lambda: _kronecker(2, (3, 4), (2, 2), "", bias=False),
+    "fused": lambda: FusedLinear(
+        {
+            "q": _kronecker(1, (6, 4), (1, 2), "in"),
+            "k": nn.Linear(8, 6, dtype=torch.float64),
+            "v": _kronecker(2, (3, 4), (2, 2), "in out"),
+        }
+    ),
+}
+
+
+def _twin(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Dense weight and bias, from the definition: W = P_outᵀ (Σ A_k ⊗ B_k) P_in."""
+    if isinstance(layer, FusedLinear):
+        weights, biases = zip(*(_twin(part) for part in layer.parts.values()), strict=True)
+        return torch.cat(weights), torch.cat(biases)
+    if isinstance(layer, nn.Linear):
+        return layer.weight, layer.bias
+    dense = sum(torch.kron(layer.a[k], layer.b[k]) for k in range(layer.a.shape[0]))
+    if layer.gather_in is not None:
+        p_in = torch.eye(layer.in_features, dtype=dense.dtype)[layer.gather_in.long()]
+        dense = dense @ p_in
+    if layer.gather_out is not None:
+        dense = torch.eye(layer.out_features, dtype=dense.dtype)[layer.gather_out.long()] @ dense
+    return dense, layer.bias
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_is_its_dense_twin(name):
+    layer = LAYERS[name]()
+    weight, bias = _twin(layer)
+    x = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, bias), rtol=0, atol=1e-12)
+    if isinstance(layer, KroneckerLinear):
+        torch.testing.assert_close(layer.dense_weight(), weight, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_gradients(name):
+    layer = LAYERS[name]()
+    x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    parameters = tuple(layer.parameters())
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *parameters))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+# Largest relative deviation seen: 5e-7, 1.5e-2, 2e-3.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)]
+)
+def test_layer_in_other_dtypes(name, dtype, tolerance):
+    layer = LAYERS[name]()
+    x = torch.randn(7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = layer(x)
+    actual = copy.deepcopy(layer).to(dtype)(x.to(dtype))
+    assert actual.dtype == dtype
+    assert (actual.double() - expected).norm() <= tolerance * expected.norm()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = copy.deepcopy(layer).float()(x.float())
+    assert (mixed.double() - expected).norm() <= 4e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_compiles(name):
+    layer = LAYERS[name]().float()
+    x = torch.randn(4, 8)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "fused"])
+def test_kronecker_spec_round_trip(name):
+    layer = LAYERS[name]()
+    again = KroneckerLinear.from_spec(layer.to_spec(), bias=layer.bias is not None, dtype=torch.float64)
+    again.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 8, dtype=torch.float64)
+    assert torch.equal(again(x), layer(x))
+    assert all(buffer.dtype == torch.int32 for buffer in layer.buffers())
+    assert str(layer.spec.rank) in repr(layer)
+
+
+def test_from_factors_keeps_the_meaning_and_drops_identities():
+    a, b = torch.randn(2, 3, 4), torch.randn(2, 2, 2)
+    perm_in, perm_out = torch.randperm(8), torch.randperm(6)
+    layer = KroneckerLinear.from_factors(a, b, perm_in, perm_out)
+    dense = sum(torch.kron(a[k], b[k]) for k in range(2))
+    torch.testing.assert_close(layer.dense_weight()[perm_out][:, perm_in], dense)
+    assert layer.bias is None
+    plain = KroneckerLinear.from_factors(a, b, torch.arange(8), torch.arange(6))
+    assert plain.gather_in is None
+    assert plain.gather_out is None
+
+
+def test_fresh_layer_has_the_spread_of_a_fresh_linear():
+    torch.manual_seed(0)
+    for rank in (1, 4):
+        weight = KroneckerLinear((64, 64), (4, 4), rank).dense_weight()
+        assert weight.std().item() == pytest.approx(nn.Linear(256, 256).weight.std().item(), rel=0.25)
+
+
+def _embedding(levels) -> FactorizedEmbedding:
+    embedding = FactorizedEmbedding(11, 12, levels, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for tensor in embedding.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
+            else:
+                tensor.copy_(torch.randperm(tensor.numel(), generator=generator))
+    return embedding
+
+
+LEVELS = {
+    "one": [{"block": 2}],
+    "one permuted": [{"block": 3, "permute": True}],
+    "rank 2": [{"block": 4, "rank": 2, "permute": True}],
+    "two permuted": [{"block": 2, "permute": True}, {"block": 3, "permute": True}],
+    "two, outer of rank 2": [{"block": 2, "rank": 2, "permute": True}, {"block": 3}],
+}
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_embedding_is_its_dense_twin(name):
+    embedding = _embedding(LEVELS[name])
+    wide = embedding.weight
+    for level in reversed(embedding.levels):
+        terms = wide.reshape(11, level.rank, level.width)
+        wide = sum(torch.kron(terms[:, k], level.b[k : k + 1]) for k in range(level.rank))
+        if level.gather is not None:
+            wide = wide[:, level.gather.long()]
+    tokens = torch.tensor([[0, 3], [10, 3]])
+    torch.testing.assert_close(embedding(tokens), wide[tokens], rtol=0, atol=1e-12)
+    torch.testing.assert_close(embedding.dense_weight(), wide, rtol=0, atol=1e-12)
+    hidden = torch.randn(2, 5, 12, dtype=torch.float64)
+    torch.testing.assert_close(TiedHead(embedding)(hidden), hidden @ wide.T, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_head_and_embedding_share_their_gradients(name):
+    embedding = _embedding(LEVELS[name])
+    head = TiedHead(embedding)
+    tokens = torch.tensor([1, 4])
+    parameters = tuple(embedding.parameters())
+    assert torch.autograd.gradcheck(lambda *_: head(embedding(tokens)), parameters)
+    assert list(head.parameters()) == []
+    assert head.state_dict() == {}
+    assert {id(p) for p in head.source_parameters()} == {id(p) for p in parameters}
+
+
+def test_deepcopy_keeps_the_tie():
+    embedding = _embedding(LEVELS["two permuted"])
+    pair = copy.deepcopy(nn.ModuleList([embedding, TiedHead(embedding)]))
+    assert pair[1].embedding is pair[0]
+    assert pair[0] is not embedding
+
+
+def test_add_level_reproduces_an_exact_factorisation():
+    stored = torch.randn(11, 3, dtype=torch.float64)
+    b = torch.randn(1, 2, dtype=torch.float64)
+    perm = torch.tensor([3, 0, 5, 1, 2, 4])
+    wide = torch.empty(11, 6, dtype=torch.float64)
+    wide[:, perm] = torch.kron(stored, b)
+    outer = FactorizedEmbedding.from_dense(wide).add_level(b, perm, stored[None])
+    torch.testing.assert_close(outer.dense_weight(), wide)
+    assert outer.weight.shape == (11, 3)
+    again = outer.add_level(torch.ones(1, 1, dtype=torch.float64), None, outer.weight[None])
+    torch.testing.assert_close(again.dense_weight(), wide)
+
+
+def test_embedding_refuses_a_block_that_does_not_divide():
+    with pytest.raises(ShapeError, match="block 5 does not divide width 12"):
+        FactorizedEmbedding(11, 12, [{"block": 5}])

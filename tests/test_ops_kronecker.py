@@ -1,0 +1,72 @@
+"""Every way of applying a Kronecker sum against torch.kron."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from kronfold.ops import kronecker
+from kronfold.ops.permutation import drop_identity
+
+SHAPES = [  # rank, (out_a, in_a), (out_b, in_b)
+    (1, (6, 4), (1, 2)),
+    (1, (6, 4), (2, 1)),
+    (4, (6, 5), (4, 2)),
+    (3, (2, 3), (3, 5)),
+    (2, (1, 7), (6, 1)),
+]
+
+
+def _factors(rank, a, b):
+    generator = torch.Generator().manual_seed(7)
+    return (
+        torch.randn(rank, *a, dtype=torch.float64, generator=generator),
+        torch.randn(rank, *b, dtype=torch.float64, generator=generator),
+    )
+
+
+@pytest.mark.parametrize(("rank", "a_shape", "b_shape"), SHAPES)
+def test_all_orders_are_the_sum_of_krons(rank, a_shape, b_shape):
+    a, b = _factors(rank, a_shape, b_shape)
+    dense = sum(torch.kron(a[k], b[k]) for k in range(rank))
+    torch.testing.assert_close(kronecker.to_dense(a, b), dense, rtol=0, atol=1e-12)
+    x = torch.randn(2, 5, dense.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for order in ("a_first", "b_first", "dense", None):
+        torch.testing.assert_close(kronecker.apply(x, a, b, order), x @ dense.T, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("rank", "a_shape", "b_shape"), SHAPES)
+@pytest.mark.parametrize("order", ["a_first", "b_first", "dense"])
+def test_gradients(rank, a_shape, b_shape, order):
+    a, b = (t.requires_grad_() for t in _factors(rank, a_shape, b_shape))
+    x = torch.randn(3, a_shape[1] * b_shape[1], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *t: kronecker.apply(*t, order), (x, a, b))
+
+
+def test_rearrangement_makes_a_kron_an_outer_product():
+    a, b = _factors(1, (3, 4), (2, 5))
+    outer = torch.outer(a[0].flatten(), b[0].flatten())
+    torch.testing.assert_close(kronecker.rearrange(torch.kron(a[0], b[0]), 2, 5), outer)
+    stack = torch.stack([torch.kron(a[0], b[0])] * 2)
+    torch.testing.assert_close(kronecker.rearrange(stack, 2, 5), torch.stack([outer] * 2))
+
+
+def test_macs_by_hand():
+    # TQCompressor's c_fc, A first: 4 · (2·768·384 + 768·2·4) = 2,383,872; B first: 4 · (4·768·384 + 384·2·4) = 4,730,880.
+    shape = ((768, 384), (4, 2), 4)
+    assert kronecker.macs(*shape, "a_first") == 2_383_872
+    assert kronecker.macs(*shape, "b_first") == 4_730_880
+    assert kronecker.macs(*shape, "dense", tokens=math.inf) == 3072 * 768
+    assert kronecker.cheapest_order(*shape, 1) == "a_first"
+    assert kronecker.cheapest_order(*shape, 4096) == "dense"
+    # A rank-1 (1, 2) projection: B first halves the work at any number of tokens.
+    for tokens in (1, 4096):
+        assert kronecker.cheapest_order((768, 384), (1, 2), 1, tokens) == "b_first"
+
+
+def test_identity_permutations_are_dropped():
+    assert drop_identity(torch.arange(5)) is None
+    assert drop_identity(None) is None
+    assert drop_identity(torch.tensor([1, 0])) is not None
