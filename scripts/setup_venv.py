@@ -19,7 +19,8 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 def main() -> None:
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
-        sys.exit(f"kronfold needs Python 3.10 to 3.13; this is {platform.python_version()}. Try: make PYTHON=python3.12")
+        here = platform.python_version()
+        sys.exit(f"kronfold needs Python 3.10 to 3.13; this is {here}. Try: make PYTHON=python3.12")
     place, extras = Path(sys.argv[1]).resolve(), sys.argv[2:]
     python = place / ("Scripts" if sys.platform == "win32" else "bin") / "python"
     if not python.exists():

@@ -18,9 +18,7 @@ def _losses(rng: random.Random, tokens: int, kl: float, ce: float) -> list[dict[
             kl * (0.35 + 0.65 * decay) + rng.gauss(0, 0.02),
             ce * (0.8 + 0.2 * decay) + rng.gauss(0, 0.03),
         )
-        records.append(
-            {"step": step, "tokens": step * 2048, "loss": now_kl + now_ce, "kl": now_kl, "ce": now_ce}
-        )
+        records.append({"step": step, "tokens": step * 2048, "loss": now_kl + now_ce, "kl": now_kl, "ce": now_ce})
     return records
 
 

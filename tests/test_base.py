@@ -78,7 +78,7 @@ def test_atomic_directory_keeps_the_old_when_writing_fails(tmp_path: Path):
         (place / "a").write_text("old")
     with pytest.raises(OutputError, match="exists already.*--overwrite"), files.atomic_directory(target):
         pass
-    with pytest.raises(OutputError, match="No space left.*unchanged"):  # noqa: SIM117
+    with pytest.raises(OutputError, match="No space left.*unchanged"):
         with files.atomic_directory(target, overwrite=True) as place:
             (place / "a").write_text("new")
             raise OSError(errno.ENOSPC, "No space left on device")

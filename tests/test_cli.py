@@ -174,7 +174,10 @@ BAD = {
         "is a file, not a directory",
     ),
     "no weights in a size": (lambda m, t: ["compress", "config:gpt2", "-o", t / "out"], "names a size, not weights"),
-    "no such device": (lambda m, t: ["eval", m, "--text", _file(t, "t.txt", b"fox"), "--device", "warp"], "cannot be used"),
+    "no such device": (
+        lambda m, t: ["eval", m, "--text", _file(t, "t.txt", b"fox"), "--device", "warp"],
+        "cannot be used",
+    ),
     "unknown option": (lambda m, t: ["plan", m, "--recipee", "x"], "No such option"),
 }
 

@@ -13,7 +13,8 @@ from kronfold.base.errors import DataError
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.tokenizer import END_OF_TEXT, train_tokenizer
 
-WORDS = "the module reads a file and returns its lines as text while every error is named".split()
+SENTENCE = "the module reads a file and returns its lines as text while every error is named"
+WORDS = SENTENCE.split()
 
 
 def texts(count: int, seed: int = 0) -> list[str]:

@@ -84,11 +84,11 @@ def test_a_datasets_id_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) ->
         raise ConnectionError("no route to the hub\nand much more")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match="neither an existing path nor a datasets id.*no route to the hub"):
+    with pytest.raises(DataError, match=r"neither an existing path nor a datasets id.*no route to the hub"):
         list(documents("owner/name"))
 
 
-LATIN = "a line\n".encode() * 3 + "größer".encode("latin1")
+LATIN = b"a line\n" * 3 + "größer".encode("latin1")
 BAD = {
     "empty.txt": (b"", "holds no text"),
     "blank.txt": (b" \n\n", "holds no text"),
@@ -120,7 +120,7 @@ def test_more_bad_sources(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no .txt, .jsonl, .parquet file"):
         documents(tmp_path)
     write_parquet(tmp_path / "rows.parquet", {"n": [1], "body": ["x"]})
-    with pytest.raises(DataError, match="has no column 'text'. Columns found: n, body"):
+    with pytest.raises(DataError, match=r"has no column 'text'\. Columns found: n, body"):
         list(documents(tmp_path / "rows.parquet"))
     torn = gzip.compress(b"words " * 1000)[:-12]
     (tmp_path / "torn.txt.gz").write_bytes(torn)

@@ -26,7 +26,10 @@ CLEANING = {
         ["Call it in the usual manner.", "Then look at the result."],
     ),
     "a summary gains its capital and its full stop": ("return the name of the file", ["Return the name of the file."]),
-    "the tail of something dropped goes": ("Return the name of it.\n\nversion of the protocol.", ["Return the name of it."]),
+    "the tail of something dropped goes": (
+        "Return the name of it.\n\nversion of the protocol.",
+        ["Return the name of it."],
+    ),
     "reST marks go": (
         "See :class:`~a.b.Thing` and ``other`` for *more* details.",
         ["See a.b.Thing and other for more details."],
@@ -40,16 +43,21 @@ CLEANING = {
         "* The first one is long enough.\n* The second one is too.",
         ["The first one is long enough.", "The second one is too."],
     ),
-    "formulas go": ("This sentence may well stay here.\n\nX = (a+b)/2; y = [1, 2, 3]; z = {4: 5}.", ["This sentence may well stay here."]),
+    "formulas go": (
+        "This sentence may well stay here.\n\nX = (a+b)/2; y = [1, 2, 3]; z = {4: 5}.",
+        ["This sentence may well stay here."],
+    ),
     "unicode stays": ("A naïve café in Zürich, “quoted” here.", ["A naïve café in Zürich, “quoted” here."]),
     "nothing but code": (">>> 1 + 1\n2", []),
     "empty": ("", []),
 }
 
-SOURCE = '''"""The module that the test reads."""
+SOURCE = (
+    '''"""The module that the test reads."""
 # This comment explains the matter
 # over two whole lines.
-# One short line is left out. '''.rstrip() + '''
+# One short line is left out. '''.rstrip()
+    + '''
 
 x = 1  # a comment behind code is never read by us.
 
@@ -60,6 +68,7 @@ def function():
 class Thing:
     """Return the answer to everything."""
 '''
+)
 
 
 @pytest.fixture

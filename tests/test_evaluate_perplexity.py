@@ -19,7 +19,7 @@ from kronfold.evaluate.perplexity import PROTOCOLS, perplexity
 TEXT = "The file is read once, and its lines are returned. Größe counts as well. " * 8
 DOCUMENTS = ["The file is read.", "", "Its lines are returned at once, without their ends.", "Größe counts."]
 CONTEXT = 16
-RELATIVE = 1e-6  # float32 on the CPU; measured at most 1e-7
+RELATIVE = 1e-5  # float32 on the CPU; measured at most 1.2e-6 for perplexities of 1e5, 1e-7 for nll
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def make_model(context: int = CONTEXT, seed: int = 0, kind: type[GPT2LMHeadModel] = GPT2LMHeadModel) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=300, n_positions=context, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=300, n_positions=context, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
     model = kind(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -174,7 +176,9 @@ def test_files(model, tokenizer, tmp_path: Path) -> None:
     text = " = A title = \n \n The file is read . \n\n Its lines are returned .\n"
     rows = [" = A title = \n", "", " The file is read . \n", "", " Its lines are returned .\n"]
     (tmp_path / "wiki.txt.gz").write_bytes(gzip.compress(text.encode()))
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in DOCUMENTS), encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": row}) + "\n" for row in DOCUMENTS), encoding="utf-8"
+    )
 
     def same(path: str, expected, protocol: str) -> bool:
         found = perplexity(model, tokenizer, tmp_path / path, protocol)

@@ -58,7 +58,9 @@ def test_a_fresh_process_gives_bitwise_equal_logits(students, checkpoints, tmp_p
 def test_the_head_is_stored_once(checkpoints, students):
     tied = load_file(checkpoints["tqcompressor"] / "model.safetensors")
     assert not [key for key in tied if key.startswith("lm_head")]
-    assert sum(t.numel() for t in tied.values() if t.is_floating_point()) == cost(students["tqcompressor"]).held_parameters
+    assert (
+        sum(t.numel() for t in tied.values() if t.is_floating_point()) == cost(students["tqcompressor"]).held_parameters
+    )
     untied = load_file(checkpoints["tqcompressor-untied"] / "model.safetensors")
     assert untied["lm_head.weight"].shape == (101, 32)
     for recipe, is_tied in (("tqcompressor", True), ("tqcompressor-untied", False)):
@@ -69,7 +71,12 @@ def test_the_head_is_stored_once(checkpoints, students):
 @each_recipe
 @pytest.mark.parametrize(
     ("options", "tolerance"),
-    [({"dtype": torch.bfloat16}, 0.1), ({"dtype": torch.float16}, 0.02), ({"device_map": "cpu"}, 0), ({"dtype": "auto"}, 0)],
+    [
+        ({"dtype": torch.bfloat16}, 0.1),
+        ({"dtype": torch.float16}, 0.02),
+        ({"device_map": "cpu"}, 0),
+        ({"dtype": "auto"}, 0),
+    ],
 )
 def test_loading_options(students, checkpoints, recipe, options, tolerance):
     model = AutoModelForCausalLM.from_pretrained(checkpoints[recipe], **options)

@@ -80,7 +80,9 @@ def test_specs_are_read_back_and_rebuild_the_same_skeleton(students):
     skeleton = pico.gpt2(seed=9)
     build_skeleton(skeleton, specs)
     assert isinstance(skeleton.lm_head, TiedHead)
-    assert {k: v.shape for k, v in skeleton.state_dict().items()} == {k: v.shape for k, v in student.state_dict().items()}
+    assert {k: v.shape for k, v in skeleton.state_dict().items()} == {
+        k: v.shape for k, v in student.state_dict().items()
+    }
     skeleton.load_state_dict(student.state_dict())
     ids = pico.ids(student)
     assert torch.equal(skeleton(ids).logits, student(ids).logits)

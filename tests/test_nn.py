@@ -75,9 +75,7 @@ def test_layer_gradients(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 # Largest relative deviation seen: 5e-7, 1.5e-2, 2e-3.
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)])
 def test_layer_in_other_dtypes(name, dtype, tolerance):
     layer = LAYERS[name]()
     x = torch.randn(7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

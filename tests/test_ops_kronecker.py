@@ -54,7 +54,8 @@ def test_rearrangement_makes_a_kron_an_outer_product():
 
 
 def test_macs_by_hand():
-    # TQCompressor's c_fc, A first: 4 · (2·768·384 + 768·2·4) = 2,383,872; B first: 4 · (4·768·384 + 384·2·4) = 4,730,880.
+    # TQCompressor's c_fc. A first: 4 · (2·768·384 + 768·2·4) = 2,383,872.
+    # B first: 4 · (4·768·384 + 384·2·4) = 4,730,880.
     shape = ((768, 384), (4, 2), 4)
     assert kronecker.macs(*shape, "a_first") == 2_383_872
     assert kronecker.macs(*shape, "b_first") == 4_730_880

@@ -49,7 +49,7 @@ def test_document(finished):
     for row, plain in zip(document["stages"][1]["rows"], controls["plain_kronecker"]["stages"][1]["rows"], strict=True):
         assert row["relative_error"] <= row["relative_error_plain"]
         assert plain["relative_error"] == plain["relative_error_plain"]
-    assert [entry["who"] for entry in document["samples"]][0] == "teacher"
+    assert document["samples"][0]["who"] == "teacher"
     assert all(entry["text"].startswith("the quick brown") for entry in document["samples"])
 
 

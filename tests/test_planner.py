@@ -36,7 +36,9 @@ def test_counts_on_gpt2(recipe, held):
 
 
 @pytest.mark.parametrize("recipe", shipped_recipes())
-@pytest.mark.parametrize("sizes", [{"n_embd": 1280, "n_layer": 36, "n_head": 20}, {"n_embd": 192, "n_layer": 6, "n_head": 4}])
+@pytest.mark.parametrize(
+    "sizes", [{"n_embd": 1280, "n_layer": 36, "n_head": 20}, {"n_embd": 192, "n_layer": 6, "n_head": 4}]
+)
 def test_recipes_adapt_to_other_widths(recipe, sizes):
     made = kf.plan(GPT2Config(**sizes), recipe)
     for row in made.rows:
@@ -148,7 +150,9 @@ def test_all_schema_faults_come_at_once_with_near_names():
 def test_recipes_against_a_model(changes, message):
     made = validate(Recipe, recipe(**changes), "Recipe mine")
     if message is None:
-        assert {row.name for row in kf.plan(pico.config(), made).rows} == {f"transformer.h.{i}.mlp.c_fc" for i in (1, 3)}
+        assert {row.name for row in kf.plan(pico.config(), made).rows} == {
+            f"transformer.h.{i}.mlp.c_fc" for i in (1, 3)
+        }
         return
     with pytest.raises(RecipeError, match=message):
         kf.plan(pico.config(), made)
@@ -185,6 +189,8 @@ def test_shipped_recipes_survive_yaml_and_rescale(name):
 
 def test_patterns():
     views = list(sites(pico.gpt2()).values())
-    assert [view.name for view in match(views, ["*.mlp.c_fc"], "odd")] == [f"transformer.h.{i}.mlp.c_fc" for i in (1, 3)]
+    assert [view.name for view in match(views, ["*.mlp.c_fc"], "odd")] == [
+        f"transformer.h.{i}.mlp.c_fc" for i in (1, 3)
+    ]
     assert len(match(views, ["re:.*c_attn\\.[qk]"], [0, 2])) == 4
     assert [view.name for view in match(views, ["*.wte"])] == ["transformer.wte"]

@@ -68,9 +68,7 @@ def test_the_page_carries_the_exact_document(pages, name):
 def test_every_quoted_number_is_visible(pages):
     document, text = run_document(), pages["full"].text
     searches = [document["stages"], document["controls"]["plain_kronecker"]["stages"]]
-    shown = [
-        f"{document[key]:,}" for key in ("held_parameters", "macs_per_token", "bytes_fp16", "index_bytes")
-    ]
+    shown = [f"{document[key]:,}" for key in ("held_parameters", "macs_per_token", "bytes_fp16", "index_bytes")]
     shown += [f"{document['teacher'][key]:,}" for key in ("held_parameters", "macs_per_token")]
     shown += ["27.31", "25.87", "6.9 MB", "1,901,337", "48,211", "ab" * 32, "cd" * 32, "1234", "3 min 23 s"]
     for stages in searches:
@@ -170,9 +168,7 @@ def test_before_healing_of_a_later_stage_is_not_sold_as_unhealed(pages):
 
 def _with_html() -> dict[str, Any]:
     document = run_document()
-    document["model"] = document["command"] = document["recipe"]["name"] = document["recipe"][
-        "description"
-    ] = HTML
+    document["model"] = document["command"] = document["recipe"]["name"] = document["recipe"]["description"] = HTML
     document["protocol"]["name"] = document["data"]["heal"]["source"] = HTML
     for sample in document["samples"]:
         sample.update(who=HTML, prompt=HTML, text="</script>" + HTML)
@@ -213,9 +209,7 @@ def test_error_bars_hold_both_errors_of_every_matrix(pages):
     assert with_permutations["x"] == [row["relative_error"] for row in rows]
     assert plain["x"] == [row["relative_error_plain"] for row in rows]
     assert len(set(plain["y"])) == len(rows)  # wte is replaced twice and must not share a bar
-    assert [trace["name"] for trace in pages["bare"].islands["figures"]["errors"]["data"]] == [
-        "with permutations"
-    ]
+    assert [trace["name"] for trace in pages["bare"].islands["figures"]["errors"]["data"]] == ["with permutations"]
 
 
 def test_perplexity_picture_has_both_searches_and_the_dense_levels(pages):
@@ -232,9 +226,7 @@ def test_loss_curves_run_on_over_the_stages(pages):
     figure = pages["full"].islands["figures"]["losses"]
     ours = next(trace for trace in figure["data"] if trace["name"] == "with permutations")
     stages = run_document()["stages"]
-    expected = [
-        409_600 * i + record["tokens"] for i, stage in enumerate(stages) for record in stage["losses"]
-    ]
+    expected = [409_600 * i + record["tokens"] for i, stage in enumerate(stages) for record in stage["losses"]]
     assert ours["x"] == expected
     assert ours["y"] == [record["kl"] for stage in stages for record in stage["losses"]]
     dense = [trace["yaxis"] for trace in figure["data"] if trace["name"] == "dense, fine-tuned"]

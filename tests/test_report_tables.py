@@ -20,9 +20,7 @@ def _text(renderable: Any, width: int = 100) -> list[str]:
     return console.export_text().splitlines()
 
 
-def _row(
-    name: str, stage: str, a: tuple[int, int], b: tuple[int, int], rank: int, **more: Any
-) -> dict[str, Any]:
+def _row(name: str, stage: str, a: tuple[int, int], b: tuple[int, int], rank: int, **more: Any) -> dict[str, Any]:
     return {
         "stage": stage,
         "name": name,
@@ -65,14 +63,10 @@ def test_run_summary_shows_every_stage_and_matrix(make):
     lines = _text(run_summary(document))
     assert max(map(len, lines)) <= 100
     for stage in document["stages"]:
-        assert any(
-            stage["name"] in line and numbers.perplexity(stage["before_healing"]) in line for line in lines
-        )
+        assert any(stage["name"] in line and numbers.perplexity(stage["before_healing"]) in line for line in lines)
         for row in stage["rows"]:
             name, error = row["name"].removeprefix("transformer."), f"{row['relative_error']:.4f}"
-            assert any(
-                name in line and error in line and f"{row['held_parameters']:,}" in line for line in lines
-            )
+            assert any(name in line and error in line and f"{row['held_parameters']:,}" in line for line in lines)
     text = "\n".join(lines)
     assert "2,145,408" in text
     assert "61.8 %" in text
@@ -162,11 +156,7 @@ def test_plan_table_refuses_other_documents(change, message):
 
 
 def test_plan_table_compares_bytes_when_the_plan_has_the_teacher_s():
-    row = next(
-        line
-        for line in _text(plan_table(gpt2_plan(teacher_bytes_fp16=248_879_616)))
-        if "Bytes at fp16" in line
-    )
+    row = next(line for line in _text(plan_table(gpt2_plan(teacher_bytes_fp16=248_879_616))) if "Bytes at fp16" in line)
     assert all(text in row for text in ("248,879,616", "162,672,776", "65.4 %", "1.53 × smaller"))
 
 

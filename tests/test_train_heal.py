@@ -91,7 +91,7 @@ def test_dropout_is_off_unless_asked_for_and_the_rates_come_back():
     heal(student, None, Blocks(), steps=1, objective=CE)
     heal(student, None, Blocks(), steps=1, objective=CE, dropout=True)
     watch.remove()
-    assert (rates[0], rates[-1]) == (0.0, 0.5) or rates[1:] == [0.0, 0.5, 0.5]
+    assert rates == [0.0, 0.0, 0.5, 0.5]  # the check of the head and one step, twice
     assert {m.p for m in student.modules() if isinstance(m, torch.nn.Dropout)} == {0.5}
 
 

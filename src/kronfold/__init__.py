@@ -26,7 +26,7 @@ _PUBLIC = {
     "perplexity": "kronfold.evaluate.perplexity",
     "to_dense": "kronfold.export.dense",
 }
-__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_PUBLIC)]
 
 
 def __getattr__(name: str) -> Any:

@@ -37,7 +37,7 @@ class Registry(Generic[T]):
             module, attribute = entry.split(":")
             entry = getattr(importlib.import_module(module), attribute)
             self._entries[name] = entry
-        return entry  # type: ignore[return-value]
+        return entry
 
     def names(self) -> list[str]:
         return sorted(self._entries)

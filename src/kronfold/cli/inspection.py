@@ -74,7 +74,8 @@ def _eval_lines(found: dict[str, Any]) -> str:
     return (
         f"perplexity {found['perplexity']:.4f} per token\n"
         f"  per word {found['perplexity_per_word']:.4f}, per byte {found['perplexity_per_byte']:.4f}\n"
-        f"  {found['tokens']:,} tokens, {found['words']:,} words, {found['bytes']:,} bytes, nll {found['nll']:,.2f} nats\n"
+        f"  {found['tokens']:,} tokens, {found['words']:,} words, {found['bytes']:,} bytes, "
+        f"nll {found['nll']:,.2f} nats\n"
         f"  protocol: {how}\n"
         f"  {found['held_parameters']:,} held parameters"
     )
@@ -108,7 +109,8 @@ def inspect(model: t.Model, json: t.Json = False) -> None:
         detail = ", ".join(f"{key} {value}" for key, value in spec.items() if key != "structure")
         table.add_row(name, spec["structure"], detail)
     sizes = (
-        f"{document['held_parameters']:,} held parameters, {document['macs_per_token']:,} multiply-accumulates per token, "
+        f"{document['held_parameters']:,} held parameters, "
+        f"{document['macs_per_token']:,} multiply-accumulates per token, "
         f"{document['bytes_fp16']:,} bytes at fp16, {document['bytes_fp32']:,} at fp32, stored as {document['dtype']}"
     )
     t.emit(document, json, *([table] if specs else ["No structured modules: a dense model."]), sizes)

@@ -55,6 +55,6 @@ def pretrain(
     with t.progress_bar() as report:
         document = train(
             config, output, seed=seed, resume=resume, overwrite=overwrite,
-            progress=lambda step, total, logs=None: report("pretrain", step, total),
+            progress=lambda step, total, _logs: report("pretrain", step, total),
         )  # fmt: skip
     t.emit(document, json, f"held-out perplexity {document['perplexity']:.2f}, saved in {output}/")

@@ -56,8 +56,8 @@ def nearest_kronecker_batch(weights: Tensor | Sequence[Tensor], spec: KroneckerS
     if columns <= rows and columns <= GRAM_SIZE:
         bases = _bases_from_chunks(matrices, spec)
     else:
-        bases = torch.stack([right_basis(kronecker.rearrange(w.double(), *spec.b), spec.rank) for w in matrices])
-    return [_finish(w, _refined(w, spec, basis), spec) for w, basis in zip(matrices, bases, strict=True)]
+        bases = [_refined(w, spec, right_basis(kronecker.rearrange(w.double(), *spec.b), spec.rank)) for w in matrices]
+    return [_finish(w, basis, spec) for w, basis in zip(matrices, bases, strict=True)]
 
 
 def check_weight(weight: Tensor, spec: KroneckerSpec) -> Tensor:
@@ -117,10 +117,12 @@ def _chunks(weight: Tensor, spec: KroneckerSpec) -> Iterator[Tensor]:
         yield kronecker.rearrange(weight[start : start + step].double(), *spec.b)
 
 
-def _bases_from_chunks(matrices: list[Tensor], spec: KroneckerSpec) -> Tensor:
-    """(n, out_b·in_b, rank): right singular vectors of every R(W), one batched eigenproblem for all layers."""
-    grams = torch.stack([_total(r.T @ r for r in _chunks(w, spec)) for w in matrices])
-    return top_eigenvectors(grams, spec.rank)
+def _bases_from_chunks(matrices: list[Tensor], spec: KroneckerSpec) -> list[Tensor]:
+    """Right singular vectors (out_b·in_b, rank) of every R(W): one batched eigenproblem for all layers."""
+    values, vectors = torch.linalg.eigh(torch.stack([_total(r.T @ r for r in _chunks(w, spec)) for w in matrices]))
+    bases = list(vectors[..., -spec.rank :].flip(-1))
+    blurred = values[:, -spec.rank] < 1e-6 * values[:, -1]  # singular values a thousand times apart
+    return [_refined(w, spec, v) if bad else v for w, v, bad in zip(matrices, bases, blurred, strict=True)]
 
 
 def _total(parts: Iterable[Tensor]) -> Tensor:

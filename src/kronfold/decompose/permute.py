@@ -69,11 +69,11 @@ def permuted_kronecker(
     if tolerance is None:
         tolerance = 5e-4 if weight.numel() <= LARGE else 2e-3
     options = Options(seed, tolerance, -1.0 if target_error is None else target_error, max_sweeps)
-    search = Search(weight, spec, options)
-    if not search.done:
-        with _one_thread():
+    with _one_thread():
+        search = Search(weight, spec, options)
+        if not search.done:
             METHODS[method](search)
-    return _finish(weight, search)
+        return _finish(weight, search)
 
 
 def _finish(weight: Tensor, search: Search) -> Fit:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kronfold.decompose.permute_assignment import assign
-from kronfold.decompose.permute_gains import chunks, contributions, energies
+from kronfold.decompose.permute_gains import chunks, energies, loosen, pulls, sums
 from kronfold.decompose.permute_state import Arrangement, Search, Side
 
 RESTARTS = 2  # the identity, then random arrangements
@@ -57,10 +57,8 @@ def _metropolis(x: Tensor, basis: Tensor, groups: Tensor, temperature: float, ge
     order = torch.randperm(g, generator=generator)[: g - g % 2]
     slots = torch.randint(k, (len(order),), generator=generator)
     chosen, place = groups[order], torch.arange(len(order))
-    members = x[chosen]
-    parts = contributions(members, basis)
-    pull = (parts.sum(1) - parts[place, slots]) @ basis[slots].transpose(1, 2)
-    loose = members[place, slots]
+    loose, rest = loosen(x, basis, chosen, slots, sums(x, basis, chosen))
+    pull = pulls(rest, basis, slots)
     alone = energies(loose, basis)
     partner = place.view(-1, 2).flip(1).reshape(-1)  # neighbours in the random order trade
     own = alone[place, slots] + 2.0 * (pull * loose).sum((1, 2))

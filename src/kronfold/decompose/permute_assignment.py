@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kronfold.decompose.permute_gains import chunks, refill
+from kronfold.decompose.permute_gains import chunks, refill, sums
 from kronfold.decompose.permute_state import Search
 
 
@@ -17,9 +17,11 @@ def assign(x: Tensor, basis: Tensor, groups: Tensor, generator: torch.Generator)
     """One pass over the slots; shapes in permute_gains."""
     groups = groups.clone()
     for part in chunks(groups, x.shape[0], x[0].numel(), generator):
+        dealt = groups[part]
+        total = sums(x, basis, dealt)
         for slot in range(groups.shape[1]):
-            slots = torch.full((len(part),), slot)
-            groups[part] = refill(x, basis, groups[part], slots)
+            dealt, total = refill(x, basis, dealt, torch.full((len(part),), slot), total)
+        groups[part] = dealt
     return groups
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kronfold.decompose.permute_gains import chunks, energies, match, refill
+from kronfold.decompose.permute_gains import chunks, energies, match, refill, sums
 
 PAIR_ROUNDS = 2
 
@@ -21,10 +21,17 @@ def exchange(x: Tensor, basis: Tensor, groups: Tensor, generator: torch.Generato
     for part in chunks(groups, x.shape[0], x[0].numel(), generator):
         if groups.shape[1] == 2:
             groups[part] = _exchange_pairs(x, basis, groups[part], generator)
-            continue
-        for _ in range(groups.shape[1]):
-            slots = torch.randint(groups.shape[1], (len(part),), generator=generator)
-            groups[part] = refill(x, basis, groups[part], slots)
+        else:
+            groups[part] = _exchange(x, basis, groups[part], generator)
+    return groups
+
+
+def _exchange(x: Tensor, basis: Tensor, groups: Tensor, generator: torch.Generator) -> Tensor:
+    g, k = groups.shape
+    total = sums(x, basis, groups)
+    for _ in range(k):
+        slots = torch.randint(k, (g,), generator=generator)
+        groups, total = refill(x, basis, groups, slots, total)
     return groups
 
 

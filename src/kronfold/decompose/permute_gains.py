@@ -40,9 +40,12 @@ def energies(x: Tensor, basis: Tensor) -> Tensor:
     return grams.flatten(1) @ (basis @ basis.transpose(1, 2)).flatten(1).T
 
 
-def contributions(members: Tensor, basis: Tensor) -> Tensor:
-    """V of members (g, k, m_a, m_b) in the slots they have: (g, k, m_a, rank)."""
-    return torch.stack([members[:, t] @ basis[t] for t in range(basis.shape[0])], dim=1)
+def sums(x: Tensor, basis: Tensor, groups: Tensor) -> Tensor:
+    """S_g of every group: (g, m_a, rank)."""
+    total = x[groups[:, 0]] @ basis[0]
+    for slot in range(1, groups.shape[1]):
+        total += x[groups[:, slot]] @ basis[slot]
+    return total
 
 
 def match(gain: Tensor) -> Tensor:
@@ -55,15 +58,28 @@ def match(gain: Tensor) -> Tensor:
     return torch.from_numpy(linear_sum_assignment(centred.double().numpy(), maximize=True)[1])
 
 
-def refill(x: Tensor, basis: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
-    """Take the member out of slot `slots[g]` of every group g and hand these members back optimally."""
-    index = torch.arange(groups.shape[0])
-    members = x[groups]
-    parts = contributions(members, basis)
-    rest = parts.sum(1) - parts[index, slots]
-    pull = rest @ basis[slots].transpose(1, 2)  # (g, m_a, m_b)
-    loose = members[index, slots]
+def loosen(x: Tensor, basis: Tensor, groups: Tensor, slots: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Take one member out of every group: these members (g, m_a, m_b), and R (g, m_a, rank) of what is left.
+
+    `slots` (g,) says from where; `total` holds the groups' `sums`.
+    """
+    loose = x[groups.gather(1, slots[:, None])[:, 0]]
+    return loose, total - loose @ basis[slots]
+
+
+def pulls(rest: Tensor, basis: Tensor, slots: Tensor) -> Tensor:
+    """R Q_tᵀ of every group and its open slot: (g, m_a, m_b)."""
+    return rest @ basis[slots].transpose(1, 2)
+
+
+def refill(x: Tensor, basis: Tensor, groups: Tensor, slots: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the member out of slot `slots[g]` of every group g and hand these members back optimally.
+
+    Returns the groups and their sums.
+    """
+    loose, rest = loosen(x, basis, groups, slots, total)
+    pull = pulls(rest, basis, slots)
     gain = 2.0 * pull.flatten(1) @ loose.flatten(1).T + energies(loose, basis)[:, slots].T
-    groups = groups.clone()
-    groups[index, slots] = groups[index, slots][match(gain)]
-    return groups
+    order = match(gain)
+    taken = groups.gather(1, slots[:, None])
+    return groups.scatter(1, slots[:, None], taken[order]), rest + loose[order] @ basis[slots]

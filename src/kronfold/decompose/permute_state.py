@@ -16,7 +16,6 @@ from torch import Tensor
 
 from kronfold.base.specs import KroneckerSpec
 from kronfold.decompose.nearest import right_basis
-from kronfold.ops import kronecker
 
 Side = Literal["in", "out"]
 # (x, basis, groups, generator) -> new groups; see permute_gains for the shapes
@@ -79,8 +78,11 @@ class Search:
 
     def fit(self, rows: Tensor, cols: Tensor) -> Arrangement:
         """The best basis for an arrangement, and its error."""
-        arranged = self.matrix[rows.reshape(-1)][:, cols.reshape(-1)]
-        r = kronecker.rearrange(arranged, *self.spec.b)
+        (out_a, out_b), (in_a, in_b) = rows.shape, cols.shape
+        # R(W)ᵀ slot by slot: the same numbers as kronecker.rearrange of the arranged matrix, copied in long runs
+        slots = self.matrix.index_select(0, rows.T.reshape(-1)).index_select(1, cols.T.reshape(-1))
+        slots = slots.view(out_b, out_a, in_b, in_a).transpose(1, 2).reshape(out_b * in_b, out_a * in_a)
+        r = slots.T
         basis = right_basis(r, self.spec.rank)
         scores = r @ basis
         lost = 1.0 - float(scores.square().sum())
@@ -97,9 +99,9 @@ class Search:
     def view(self, state: Arrangement, side: Side) -> tuple[Tensor, Tensor, Tensor]:
         """(x, basis, groups) of one side, the other side arranged as in `state`; shapes in permute_gains."""
         if side == "out":
-            x = self._single[:, state.cols.reshape(-1)].view(-1, *state.cols.shape)
+            x = self._single.index_select(1, state.cols.reshape(-1)).view(-1, *state.cols.shape)
             return x, state.basis.float(), state.rows
-        x = self._single_t[:, state.rows.reshape(-1)].view(-1, *state.rows.shape)
+        x = self._single_t.index_select(1, state.rows.reshape(-1)).view(-1, *state.rows.shape)
         return x, state.basis.float().transpose(0, 1).contiguous(), state.cols
 
     def refit(self, state: Arrangement, side: Side, groups: Tensor) -> Arrangement:
@@ -136,16 +138,22 @@ def compact(weight: Tensor, spec: KroneckerSpec) -> tuple[Tensor, KroneckerSpec]
     """An equivalent, smaller matrix where a side is not searched, and its spec.
 
     An orthogonal map of the block-row index i1 changes neither the error nor the basis, so an out side that keeps
-    its order may be replaced by the R factor of a QR: a (50257, 768) weight with out_b = 1 becomes (768, 768).
+    its order may be replaced by a square root of a Gram matrix: a (50257, 768) weight with out_b = 1 becomes
+    (768, 768). The same holds for the in side.
     """
     (out_a, in_a), (out_b, in_b) = spec.a, spec.b
     if not spec.searches_out and out_a > out_b * in_a * in_b:
-        flat = weight.reshape(out_a, out_b * in_a * in_b)
-        weight, out_a = torch.linalg.qr(flat, mode="r").R.reshape(-1, in_a * in_b), out_b * in_a * in_b
+        root = _gram_root(weight.reshape(out_a, -1))
+        weight, out_a = root.reshape(-1, in_a * in_b), root.shape[0]
     if not spec.searches_in and in_a > in_b * out_a * out_b:
-        flat = weight.reshape(out_a * out_b, in_a, in_b).permute(1, 2, 0).reshape(in_a, -1)
-        in_a = in_b * out_a * out_b
-        short = torch.linalg.qr(flat, mode="r").R.view(in_a, in_b, out_a * out_b)
-        weight = short.permute(2, 0, 1).reshape(out_a * out_b, in_a * in_b)
+        root = _gram_root(weight.reshape(-1, in_a, in_b).permute(1, 2, 0).reshape(in_a, -1))
+        in_a = root.shape[0]
+        weight = root.view(in_a, in_b, -1).permute(2, 0, 1).reshape(-1, in_a * in_b)
     rank = min(spec.rank, out_a * in_a, out_b * in_b)
     return weight.contiguous(), replace(spec, a=(out_a, in_a), rank=rank)
+
+
+def _gram_root(tall: Tensor) -> Tensor:
+    """Square S with SᵀS = TᵀT for a tall T; from the Gram matrix, several times faster than a QR."""
+    values, vectors = torch.linalg.eigh(tall.T @ tall)
+    return values.clamp_min(0.0).sqrt()[:, None] * vectors.T

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kronfold.decompose.permute_gains import chunks, contributions, energies
+from kronfold.decompose.permute_gains import chunks, energies, sums
 
 MEMBERS_AT_ONCE = 1024  # the score matrix is at most this square
 ROUNDS = 4  # mutual-best rounds per score matrix
@@ -49,10 +49,11 @@ def _swap(x: Tensor, basis: Tensor, groups: Tensor) -> Tensor:
 
 def _worth(x: Tensor, basis: Tensor, groups: Tensor) -> Tensor:
     """[p, q]: what the member now at place q would bring at place p."""
-    members = x[groups]
-    parts = contributions(members, basis)
-    rest = parts.sum(1, keepdim=True) - parts
-    pull = torch.stack([rest[:, t] @ basis[t].T for t in range(basis.shape[0])], dim=1)
-    flat = members.flatten(0, 1)
-    alone = energies(flat, basis).T.repeat(groups.shape[0], 1)  # row p has slot p % k
-    return alone + 2.0 * pull.flatten(0, 1).flatten(1) @ flat.flatten(1).T
+    total = sums(x, basis, groups)
+    flat = x[groups.reshape(-1)].flatten(1)
+    worth = flat.new_empty(*groups.shape, len(flat))
+    alone = energies(x[groups.reshape(-1)], basis)
+    for t in range(groups.shape[1]):
+        rest = total - x[groups[:, t]] @ basis[t]
+        worth[:, t] = alone[:, t] + 2.0 * (rest @ basis[t].T).flatten(1) @ flat.T
+    return worth.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Fold every structure back into plain weights: any runtime can load the result, and its size is the dense one again."""
+"""Fold every structure back into plain weights: any runtime loads the result, and its size is the dense one again."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
         plain[name] = _materialise(skeleton.get_submodule(name), model.get_submodule(name), own)
     if isinstance(model.get_submodule(family.head), TiedHead):
         head = skeleton.get_submodule(family.head)
-        head.weight = plain[family.embedding].weight  # type: ignore[assignment]
+        head.weight = plain[family.embedding].weight
         plain[family.head] = head
     replace_modules(dense, plain)
     dense.all_tied_weights_keys = dense.get_expanded_tied_weights_keys(all_submodels=True)

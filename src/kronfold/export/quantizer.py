@@ -66,7 +66,7 @@ class KronfoldConfig(QuantizationConfigMixin):
                 )
                 + ". The config is damaged or edited; restore it from the original checkpoint."
             )
-        self.quant_method = METHOD  # type: ignore[assignment]
+        self.quant_method = METHOD
         self.format_version = format_version
         self.kronfold_version = kronfold_version or versions().get("kronfold")
         self.specs = specs
@@ -144,9 +144,9 @@ def _mark_initialised(model: PreTrainedModel, specs: dict[str, Any]) -> None:
     """Keep transformers from initialising what the checkpoint holds: its rules reach into parents for `.weight`."""
     for name in specs:
         if parent := name.rpartition(".")[0]:
-            model.get_submodule(parent)._is_hf_initialized = True  # type: ignore[assignment]
+            model.get_submodule(parent)._is_hf_initialized = True
         for module in model.get_submodule(name).modules():
-            module._is_hf_initialized = True  # type: ignore[assignment]
+            module._is_hf_initialized = True
 
 
 def attach(model: PreTrainedModel) -> None:
@@ -155,7 +155,7 @@ def attach(model: PreTrainedModel) -> None:
 
     config = KronfoldConfig(read_specs(model))
     model.config.quantization_config = config
-    model.hf_quantizer = KronfoldQuantizer(config)  # type: ignore[assignment]
+    model.hf_quantizer = KronfoldQuantizer(config)
     model.quantization_method = METHOD
 
 

@@ -70,9 +70,9 @@ class LinearView:
                 return layer.weight.detach()[:, self.rows[0] : self.rows[1]].T
             if isinstance(layer, KroneckerLinear):
                 return layer.dense_weight()
-            weight = layer.weight.detach()  # type: ignore[union-attr]
+            weight: Tensor = layer.get_parameter("weight").detach()
             whole = layer is not self.module or self.kind == "embedding"
-            return weight if whole else weight[self.rows[0] : self.rows[1]]  # type: ignore[index]
+            return weight if whole else weight[self.rows[0] : self.rows[1]]
 
     def bias(self) -> Tensor | None:
         """The bias entries of these outputs, detached, or None."""
@@ -118,7 +118,7 @@ def _walk(model: PreTrainedModel, family: Family) -> Iterator[LinearView]:
         block = family.block_index(name)
         if name == family.embedding:
             inside = (*inside, name + ".")
-            yield LinearView(name, "embedding", module, name, None, (0, module.weight.shape[0]), block)  # type: ignore[index, union-attr]
+            yield LinearView(name, "embedding", module, name, None, (0, module.weight.shape[0]), block)
         elif isinstance(module, (*DENSE_LINEAR, FusedLinear, KroneckerLinear)):
             inside = (*inside, name + ".")
             parts = family.parts_of(name)

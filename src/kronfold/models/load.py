@@ -115,8 +115,8 @@ def _from_pretrained(factory: Any, text: str, **options: Any) -> Any:
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise InputError(
-            f"Could not open {text!r}: {first} If it is a local model, give its directory; if it is a hub id, check the "
-            "name and the network."
+            f"Could not open {text!r}: {first} If it is a local model, give its directory; "
+            "if it is a hub id, check the name and the network."
         ) from error
 
 

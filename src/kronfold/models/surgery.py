@@ -42,8 +42,8 @@ def _mend_ties(model: PreTrainedModel) -> None:
     if head is not None:
         model.config.tie_word_embeddings = isinstance(head, TiedHead)
     # transformers ties by parameter name; there is no name to tie any more (a TiedHead has no parameters).
-    model._tied_weights_keys = None  # type: ignore[assignment]
-    model.all_tied_weights_keys = {}  # type: ignore[assignment]
+    model._tied_weights_keys = None
+    model.all_tied_weights_keys = {}
 
 
 def read_specs(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
@@ -52,7 +52,7 @@ def read_specs(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     for name, module in model.named_modules():
         if not hasattr(module, "to_spec") or any(name.startswith(done + ".") for done in specs):
             continue
-        specs[name] = module.to_spec()  # type: ignore[operator]
+        specs[name] = module.to_spec()
     return specs
 
 
@@ -100,7 +100,7 @@ def _build(
         embedding = (built or {}).get(embedding_name, model.get_submodule(embedding_name))
         if built is not None and not isinstance(embedding, FactorizedEmbedding):
             raise CheckpointError(f"a tied_head needs a factorized_embedding at {embedding_name}")
-        return TiedHead(embedding)  # type: ignore[arg-type]
+        return TiedHead(embedding)
     weight = next(source.parameters())
     where = {"device": weight.device, "dtype": weight.dtype}
     if structure == "factorized_embedding":
@@ -139,7 +139,7 @@ def build_linear(spec: Mapping[str, Any], shape: tuple[int, int], bias: bool, wh
 
 def dense_part(module: nn.Module, rows: tuple[int, int]) -> nn.Linear:
     """Rows of a Linear or Conv1D as an `nn.Linear` of their own (copied storage)."""
-    weight = (module.weight.T if isinstance(module, Conv1D) else module.weight)[rows[0] : rows[1]]  # type: ignore[index, union-attr, operator]
+    weight = (module.weight.T if isinstance(module, Conv1D) else module.weight)[rows[0] : rows[1]]
     bias = module.bias
     part = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():

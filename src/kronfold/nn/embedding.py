@@ -22,6 +22,8 @@ class ColumnExpansion(nn.Module):
     Parameters: `b` (rank, block). Buffer: `gather` (width·block,) int32, or None.
     """
 
+    gather: Tensor | None
+
     def __init__(
         self,
         width: int,
@@ -91,7 +93,7 @@ class FactorizedEmbedding(nn.Module):
             arguments = {"rank": 1, "permute": False, **level}
             built.append(ColumnExpansion(width // level["block"], **arguments, device=device, dtype=dtype))
             width = built[-1].in_width
-        self.levels = nn.ModuleList(built)
+        self.levels: Sequence[ColumnExpansion] = nn.ModuleList(built)  # type: ignore[assignment]
         self.weight = nn.Parameter(torch.empty(num_embeddings, width, device=device, dtype=dtype))
         nn.init.normal_(self.weight, std=0.02)
 
@@ -126,16 +128,17 @@ class FactorizedEmbedding(nn.Module):
         """
         perm = drop_identity(perm)
         level = {"block": b.shape[1], "rank": b.shape[0], "permute": perm is not None}
-        levels = [*(old.to_spec() for old in self.levels), level]  # type: ignore[operator]
+        levels = [*(old.to_spec() for old in self.levels), level]
         new = FactorizedEmbedding(
             self.num_embeddings, self.embedding_dim, levels, self.weight.device, self.weight.dtype
         )
         with torch.no_grad():
             for old, copy in zip(self.levels, new.levels, strict=False):
                 copy.load_state_dict(old.state_dict())
-            new.levels[-1].b.copy_(b)
-            if perm is not None:
-                new.levels[-1].gather.copy_(torch.argsort(perm))  # type: ignore[operator, union-attr]
+            innermost = new.levels[-1]
+            innermost.b.copy_(b)
+            if innermost.gather is not None and perm is not None:
+                innermost.gather.copy_(torch.argsort(perm))
             new.weight.copy_(weight.permute(1, 0, 2).flatten(1))
         return new
 
@@ -148,7 +151,7 @@ class FactorizedEmbedding(nn.Module):
         return new
 
     def to_spec(self) -> dict[str, Any]:
-        levels = [level.to_spec() for level in self.levels]  # type: ignore[operator]
+        levels = [level.to_spec() for level in self.levels]
         return {"structure": "factorized_embedding", "levels": levels}
 
     def extra_repr(self) -> str:

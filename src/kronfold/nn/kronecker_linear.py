@@ -31,6 +31,9 @@ class KroneckerLinear(nn.Module):
 
     a: nn.Parameter
     b: nn.Parameter
+    bias: nn.Parameter | None
+    gather_in: Tensor | None
+    gather_out: Tensor | None
 
     def __init__(
         self,
@@ -92,11 +95,11 @@ class KroneckerLinear(nn.Module):
         with torch.no_grad():
             layer.a.copy_(a)
             layer.b.copy_(b)
-            if bias is not None:
+            if layer.bias is not None and bias is not None:
                 layer.bias.copy_(bias)
-            if perm_in is not None:
+            if layer.gather_in is not None and perm_in is not None:
                 layer.gather_in.copy_(perm_in)
-            if perm_out is not None:
+            if layer.gather_out is not None and perm_out is not None:
                 layer.gather_out.copy_(torch.argsort(perm_out))
         return layer
 

@@ -123,7 +123,7 @@ def heal_to(
         output_dir=work,
         save_steps=SAVE_STEPS,
         resume=resume,
-        progress=lambda step, total, logs=None: report("heal", step, total),
+        progress=lambda step, total, _logs: report("heal", step, total),
     )
     stage = {
         "name": "heal",

@@ -357,4 +357,4 @@ def check_controls(names: Sequence[str]) -> tuple[Control, ...]:
     unknown = sorted(set(names) - {"dense", "plain"})
     if unknown:
         raise InputError(f"Unknown control {', '.join(unknown)}. Allowed: dense, plain.")
-    return tuple(name for name in ("dense", "plain") if name in names)  # type: ignore[misc]
+    return tuple(name for name in ("dense", "plain") if name in names)

@@ -97,7 +97,7 @@ class Plan:
             if content["schema"] != "kronfold/plan" or content["schema_version"] > SCHEMA_VERSION:
                 raise RecipeError(
                     f"{path} is {content['schema']} version {content['schema_version']}; this version reads "
-                    f"kronfold/plan up to {SCHEMA_VERSION}. Make a new plan: kronfold plan MODEL --recipe NAME -o {path}"
+                    f"kronfold/plan up to {SCHEMA_VERSION}. Make a new one: kronfold plan MODEL --recipe NAME -o {path}"
                 )
             return cls._from_dict(content)
         except (OSError, ValueError, KeyError, TypeError) as error:

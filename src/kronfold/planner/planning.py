@@ -50,7 +50,8 @@ def plan(model_or_config: PreTrainedModel | PretrainedConfig, recipe: str | Reci
     teacher = cost(skeleton)
     specs = read_specs(skeleton)
     ties = bool(getattr(skeleton.config, "tie_word_embeddings", False))
-    stages, faults = [], []
+    stages: list[PlanStage] = []
+    faults: list[str] = []
     for stage in recipe.stages:
         rows = _rows_of_stage(skeleton, stage.name, stage.compress, faults)
         stages.append(PlanStage(name=stage.name, rows=rows, heal=stage.heal))
@@ -149,7 +150,8 @@ def _row(view: LinearView, entry: CompressRecipe) -> PlanRow:
     if view.kind == "embedding":
         if entry.block[0] != 1:
             raise RecipeError(
-                f"an embedding keeps one row per token: block {list(entry.block)} must be [1, n], e.g. [1, {entry.block[1]}]"
+                f"an embedding keeps one row per token: block {list(entry.block)} must be [1, n], "
+                f"e.g. [1, {entry.block[1]}]"
             )
         spec_dict["permute_out"] = False
         spec_dict["head"] = entry.head

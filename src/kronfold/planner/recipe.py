@@ -38,7 +38,7 @@ class HealRecipe(_Strict):
     batch_size: int = Field(16, gt=0)
     warmup: float = Field(0.05, ge=0, lt=1)
     weight_decay: float = Field(0.01, ge=0)
-    objective: ObjectiveRecipe = ObjectiveRecipe()
+    objective: ObjectiveRecipe = Field(default_factory=lambda: ObjectiveRecipe.model_validate({}))
 
 
 class CompressRecipe(_Strict):

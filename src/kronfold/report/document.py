@@ -66,13 +66,18 @@ def plain_stages(results: Document) -> Sequence[Document]:
 
 def measured(results: Document) -> list[Measured]:
     """The teacher, every control that was run, and the compressed model before and after healing."""
-    teacher, dense = results["teacher"], results.get("controls", {}).get("dense_finetuned")
+    controls = results.get("controls", {})
+    teacher, dense, unhealed = results["teacher"], controls.get("dense_finetuned"), controls.get("compressed_unhealed")
     rows = [_row(results, "Dense teacher", teacher.get("held_parameters"), None, teacher.get("perplexity"))]
     if dense:
         who = "Dense, fine-tuned on the same data"
         rows.append(_row(results, who, dense.get("held_parameters"), dense.get("tokens"), dense.get("perplexity")))
     stages = results["stages"]
-    rows += _staged(results, "Compressed, before healing", stages, "before_healing", ours=True)
+    if unhealed:  # all stages at once, nothing trained
+        who = "Compressed, never healed"
+        rows.append(_row(results, who, unhealed.get("held_parameters"), None, unhealed.get("perplexity"), ours=True))
+    else:
+        rows += _staged(results, "Compressed, before healing", stages, "before_healing", ours=True)
     rows += _staged(results, "Compressed and healed", stages, "after_healing", ours=True)
     return rows + _staged(results, "Plain Kronecker, healed", plain_stages(results), "after_healing", ours=False)
 
