@@ -139,7 +139,7 @@ def test_all_schema_faults_come_at_once_with_near_names():
         ({"entry": {"modules": "re:(("}}, "no regular expression"),
         ({"entry": {"blocks": [7]}}, r"blocks \[7\].*0 to 3"),
         ({"entry": {"blocks": []}}, "match nothing"),
-        ({"entry": {"block": [1, 5]}}, "does not divide.*nearest allowed: 2, 4"),
+        ({"entry": {"block": [1, 5]}}, "does not divide.*nearest allowed: 1, 2, 4, 8"),
         ({"entry": {"block": [1, 2], "rank": 3}}, "maximum 2"),
         ({"entry": {"structure": "kroneker"}}, "Unknown structure 'kroneker'.*'kronecker'"),
         ({"entry": {"structure": "fused"}}, "cannot be asked for.*kronecker"),

@@ -120,12 +120,14 @@ def test_an_existing_output_stays_until_the_new_one_is_complete(text: Path, tmp_
     config = config_file(tmp_path, settings(text, steps=1))
     with pytest.raises(OutputError, match="exists already"):
         pretrain(config, tmp_path / "out")
-    with pytest.raises(DataError, match="less than one block"):
+    with pytest.raises(DataError, match="The validation split, 0 documents, is too small"):
         pretrain(
             load_pretrain_config(config).model_copy(update={"data": _all_held(text)}), tmp_path / "out", overwrite=True
         )
+    with pytest.raises(DataError, match="less than one batch of 5000"):
+        pretrain(config_file(tmp_path, settings(text, batch_size=5000)), tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "precious").read_text() == "old"
-    pretrain(config, tmp_path / "out", overwrite=True)
+    pretrain(config_file(tmp_path, settings(text, steps=1)), tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "precious").exists()
 
 

@@ -72,8 +72,8 @@ def check_weight(weight: Tensor, spec: KroneckerSpec) -> Tensor:
         raise InputError(
             f"A weight must hold floating-point numbers; got {weight.dtype}. Dequantise it or call .float() first."
         )
-    bad = int((~torch.isfinite(weight)).sum())
-    if bad:
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
         raise InputError(
             f"The weight {tuple(weight.shape)} holds {bad} values that are NaN or infinite; only finite numbers can "
             "be decomposed. Check the checkpoint, or a cast to float16 that overflowed."

@@ -22,7 +22,7 @@ from kronfold.decompose.permute_assignment import assign, from_identity
 from kronfold.decompose.permute_exchange import exchange
 from kronfold.decompose.permute_gains import LARGE
 from kronfold.decompose.permute_grouping import grouped, similar
-from kronfold.decompose.permute_starts import by_size, is_small, nested_specs, widened
+from kronfold.decompose.permute_starts import by_size, is_small, nested_specs, restarts, widened
 from kronfold.decompose.permute_state import Options, Search
 from kronfold.decompose.permute_swaps import swap
 
@@ -45,7 +45,7 @@ def permuted_kronecker(
         weight: (out_features, in_features), any floating dtype.
         spec: shapes, rank, and which sides to permute; a side whose block is 1 is skipped.
         seed: of the only random numbers used.
-        method: "auto" (random exchange from several starts and from nested families, the best is kept),
+        method: "auto" (random exchange from several starts and from nested families; the best is kept),
             "assignment" (alternating assignment from identity), "annealing" (restarts and simulated annealing),
             "grouping" (similarity grouping, swaps, assignment).
         tolerance: a start ends when a sweep over the sides lowers its error by less than this share of it.
@@ -91,22 +91,26 @@ def _auto(search: Search) -> None:
 
 
 def _explore(search: Search, memo: Memo) -> None:
-    """One sweep from every start, the best goes on to the end; nested families are searched in full first.
+    """Some sweeps from every start, then the best goes on to the end; nested families are searched in full first.
 
-    Where there is a nested family its result is by far the better start, so on large weights the plain ones are
-    left out.
+    A small weight can afford the other methods too, and every start to its end; a larger one gives each start a
+    single sweep, which tells them apart well.
     """
+    small = is_small(search.asked)
+    if small:
+        from_identity(search)
+        grouped(search)
+    starts = [by_size(search), similar(search), *restarts(search)]
     nested = nested_specs(search.asked)
-    starts = [by_size(search)]
-    if not nested or is_small(search.asked):
-        starts += [search.identity, similar(search)]
+    if small or not nested:
+        starts.append(search.identity)
     for spec in nested:
         key = (spec.b, spec.rank)
         if key not in memo:
             memo[key] = Search(search.source, spec, search.options)
             _explore(memo[key], memo)
         starts.append(widened(search, memo[key]))
-    tried = [search.descend(start, [exchange], sweeps=1) for start in starts]
+    tried = [search.descend(start, [exchange], None if small else 1) for start in starts]
     best = search.descend(min(tried, key=lambda state: state.error), [exchange])
     if search.matrix.numel() <= LARGE:
         search.descend(best, [assign, swap])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kronfold.decompose.permute_assignment import assign
 from kronfold.decompose.permute_gains import chunks, energies, loosen, pulls, sums
+from kronfold.decompose.permute_starts import shuffled
 from kronfold.decompose.permute_state import Arrangement, Search, Side
 
 RESTARTS = 2  # the identity, then random arrangements
@@ -31,16 +32,6 @@ def anneal(search: Search) -> None:
                 state = _cool(search, state, side, temperature)
             search.accept(state)
         search.descend(state, [assign])
-
-
-def shuffled(search: Search) -> Arrangement:
-    """A random arrangement of the searched sides."""
-    rows, cols = search.identity.rows, search.identity.cols
-    if "out" in search.sides:
-        rows = torch.randperm(rows.numel(), generator=search.generator).view_as(rows)
-    if "in" in search.sides:
-        cols = torch.randperm(cols.numel(), generator=search.generator).view_as(cols)
-    return search.fit(rows, cols)
 
 
 def _cool(search: Search, state: Arrangement, side: Side, temperature: float) -> Arrangement:

@@ -31,22 +31,24 @@ def similar(search: Search) -> Arrangement:
 
 
 def _greedy(x: Tensor, groups: Tensor) -> Tensor:
-    """Largest member first: it takes the k − 1 free members with the largest inner product as its group."""
+    """Largest member first: it takes the k − 1 free members that point its way most; by size into the slots."""
     g, k = groups.shape
     names = groups.reshape(-1)
     flat = x[names].flatten(1)
-    likeness = flat @ flat.T
-    order = likeness.diagonal().argsort(descending=True, stable=True).tolist()
+    size = flat.norm(dim=1)
+    likeness = flat @ (flat / size.clamp_min(1e-30)[:, None]).T  # [leader, follower], cosine up to the leader's size
+    order = size.argsort(descending=True, stable=True)
+    place = order.argsort()
     likeness.fill_diagonal_(-torch.inf)
     free = [True] * len(names)
     result = []
-    for leader in order:
+    for leader in order.tolist():
         if not free[leader]:
             continue
-        followers = likeness[leader].topk(k - 1).indices.tolist()
-        group = [leader, *followers]
+        group = [leader, *likeness[leader].topk(k - 1).indices.tolist()]
         likeness[:, group] = -torch.inf
         for member in group:
             free[member] = False
         result.append(group)
-    return names[torch.tensor(result).view(g, k)]
+    dealt = torch.tensor(result).view(g, k)
+    return names[dealt.gather(1, place[dealt].argsort(dim=1))]

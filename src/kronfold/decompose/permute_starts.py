@@ -10,7 +10,9 @@ from torch import Tensor
 from kronfold.base.specs import KroneckerSpec, divisors
 from kronfold.decompose.permute_state import Arrangement, Search
 
-SMALL = 1 << 16  # numbers in the weight times rank, up to which every nested family is searched
+TINY = 1 << 8  # numbers in the weight, up to which a search restarts from random arrangements
+TINY_RESTARTS = 6
+SMALL = 1 << 15  # numbers in the weight times rank, up to which every nested family is searched
 
 
 def by_size(search: Search) -> Arrangement:
@@ -24,9 +26,26 @@ def by_size(search: Search) -> Arrangement:
     return search.fit(rows, cols)
 
 
+def shuffled(search: Search) -> Arrangement:
+    """A random arrangement of the searched sides."""
+    rows, cols = search.identity.rows, search.identity.cols
+    if "out" in search.sides:
+        rows = torch.randperm(rows.numel(), generator=search.generator).view_as(rows)
+    if "in" in search.sides:
+        cols = torch.randperm(cols.numel(), generator=search.generator).view_as(cols)
+    return search.fit(rows, cols)
+
+
 def dealt(size: Tensor, slots: int) -> Tensor:
     """Indices by falling size, dealt slot by slot: (len(size) / slots, slots)."""
     return size.argsort(descending=True, stable=True).view(slots, -1).T.contiguous()
+
+
+def restarts(search: Search) -> list[Arrangement]:
+    """Random arrangements, for weights so small that a local optimum is likely and a restart costs nothing."""
+    if search.source.numel() > TINY:
+        return []
+    return [shuffled(search) for _ in range(TINY_RESTARTS)]
 
 
 def is_small(spec: KroneckerSpec) -> bool:

@@ -21,6 +21,8 @@ Side = Literal["in", "out"]
 # (x, basis, groups, generator) -> new groups; see permute_gains for the shapes
 Move = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
 
+PATIENT = 1 << 14  # numbers in a matrix, up to which a search ends only after three idle sweeps
+
 
 @dataclass(frozen=True)
 class Arrangement:
@@ -56,6 +58,8 @@ class Search:
         self.matrix, self.spec = compact(self.source, asked)
         self.options = options
         self.generator = torch.Generator().manual_seed(options.seed)
+        # with few groups one random exchange often finds nothing although the next would
+        self._patience = 3 if self.matrix.numel() <= PATIENT else 1
         self._single = self.matrix.float()  # moves are judged in float32, fits and errors in float64
         self._single_t = self._single.T.contiguous() if asked.searches_in else self._single.T
         (out_a, in_a), (out_b, in_b) = self.spec.a, self.spec.b
@@ -124,12 +128,14 @@ class Search:
     def descend(self, state: Arrangement, moves: list[Move], sweeps: int | None = None) -> Arrangement:
         """Sweep until the tolerance, the target error or the number of sweeps is reached."""
         self.accept(state)
+        idle = 0
         for _ in range(self.options.max_sweeps if sweeps is None else sweeps):
             if self.done:
                 break
             before = state.error
             state = self.sweep(state, moves)
-            if before - state.error <= self.options.tolerance * before:
+            idle = idle + 1 if before - state.error <= self.options.tolerance * before else 0
+            if idle == self._patience:
                 break
         return state
 

@@ -9,11 +9,13 @@ import torch
 from kronfold.base.errors import DataError
 
 _TOP_K = 40
+_TEMPERATURE = 0.7  # small models wander at 1
 
 
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 60, seed: int | None = None) -> str:
-    """`prompt` and its continuation by `model`: greedy when `seed` is None, otherwise top-40 sampling.
+    """`prompt` and its continuation by `model`: greedy when `seed` is None, otherwise drawn from the 40 likeliest
+    tokens at temperature 0.7.
 
     Stops at the end-of-text token. The caller's random state and the model's mode are left as they were. Raises
     DataError when prompt and continuation do not fit the context, or the prompt has no token.
@@ -27,7 +29,9 @@ def sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 60, se
             f"A prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones exceed the context of {context}. "
             "Shorten the prompt or ask for fewer tokens."
         )
-    options: dict[str, Any] = {"do_sample": False} if seed is None else {"do_sample": True, "top_k": _TOP_K}
+    options: dict[str, Any] = {"do_sample": False}
+    if seed is not None:
+        options = {"do_sample": True, "top_k": _TOP_K, "temperature": _TEMPERATURE}
     training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

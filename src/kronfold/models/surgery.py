@@ -139,11 +139,12 @@ def build_linear(spec: Mapping[str, Any], shape: tuple[int, int], bias: bool, wh
 
 def dense_part(module: nn.Module, rows: tuple[int, int]) -> nn.Linear:
     """Rows of a Linear or Conv1D as an `nn.Linear` of their own (copied storage)."""
-    weight = (module.weight.T if isinstance(module, Conv1D) else module.weight)[rows[0] : rows[1]]
-    bias = module.bias
+    stored = module.get_parameter("weight")
+    weight = (stored.T if isinstance(module, Conv1D) else stored)[rows[0] : rows[1]]
+    bias = None if module.bias is None else module.get_parameter("bias")[rows[0] : rows[1]]
     part = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         part.weight.copy_(weight)
         if bias is not None:
-            part.bias.copy_(bias[rows[0] : rows[1]])  # type: ignore[index]
+            part.bias.copy_(bias)
     return part

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
 _STDLIB = """\
@@ -18,7 +17,7 @@ def model_card(document: dict[str, Any]) -> str:
     found, sizes = document["evaluation"], document["config"]["model"]
     protocol = found["protocol"]
     stdlib = config["data"]["source"] == "stdlib"
-    source = _STDLIB.format(python=platform.python_version()) if stdlib else f"Text: {config['data']['source']}.\n"
+    source = _STDLIB.format(python=document["versions"]["python"]) if stdlib else f"Text: {config['data']['source']}.\n"
     rows = {
         "held parameters": f"{document['held_parameters']:,} (head tied to the embedding)",
         "size": f"{sizes['n_layer']} blocks, width {sizes['n_embd']}, {sizes['n_head']} heads, "

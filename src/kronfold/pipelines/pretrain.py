@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from kronfold.base import results
-from kronfold.base.errors import OutputError, RecipeError
+from kronfold.base.errors import DataError, OutputError, RecipeError
 from kronfold.base.files import atomic_directory, check_output, write_json
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
@@ -156,7 +156,7 @@ def pretrain(
     texts = _splits(config.data)
     tokenizer = train_tokenizer(texts["train"], config.tokenizer.vocab_size)
     tokenizer.model_max_length = config.model.n_positions
-    blocks = {split: pack(texts[split], tokenizer, config.model.n_positions) for split in texts}
+    blocks = _pack(texts, tokenizer, config)
     data = {split: _describe(texts[split], blocks[split]) for split in texts}
     settings = {**config.model_dump(mode="json"), "data_sha256": {split: data[split]["sha256"] for split in data}}
     checkpoint = checkpoints.prepare(partial, settings, resume)
@@ -190,6 +190,21 @@ def _splits(config: DataConfig) -> dict[str, list[str]]:
         if text.strip():
             texts[split_of(text, config.holdout)].append(text)
     return texts
+
+
+def _pack(texts: dict[str, list[str]], tokenizer: Any, config: PretrainConfig) -> dict[str, TokenBlocks]:
+    blocks = {}
+    for split, found in texts.items():
+        try:
+            blocks[split] = pack(found, tokenizer, config.model.n_positions)
+        except DataError as error:
+            raise DataError(f"The {split} split, {len(found)} documents, is too small. {error}") from error
+    if len(blocks["train"]) < config.training.batch_size:
+        raise DataError(
+            f"The train split gives {len(blocks['train'])} blocks of {config.model.n_positions} tokens, less than one "
+            f"batch of {config.training.batch_size}. Give more text or set a smaller training.batch_size."
+        )
+    return blocks
 
 
 def _describe(texts: list[str], blocks: TokenBlocks) -> dict[str, Any]:
@@ -253,6 +268,8 @@ def _train(
         report_to=[],
         disable_tqdm=True,
     )
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # several GPUs are for torchrun; nn.DataParallel would multiply the batch size unseen
     trainer = Trainer(
         model=model,
         args=args,

@@ -283,7 +283,7 @@ def _heal(state: _Run, student: PreTrainedModel, recipe: HealRecipe, what: str, 
         seed=state.options.seed,
         output_dir=trainer_dir,
         save_steps=SAVE_STEPS if trainer_dir else None,
-        resume=state.book.resumed,
+        resume=state.book.resumed and trainer_dir is not None,
         progress=progress,
     )
 

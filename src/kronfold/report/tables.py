@@ -125,7 +125,8 @@ def plan_table(plan: Document) -> RenderableType:
         key = ("stage", "structure", "held_parameters", "teacher_parameters")
         pattern = re.sub(r"\d+", "#", row["name"], count=1)
         groups.setdefault((*(row.get(k) for k in key), str(row.get("spec")), pattern), []).append(row)
-    table = _table("Plan", ["Matrix", "Rank x A⊗B", "Held", "Teacher", "Relative error"], 2)
+    fitted = any(row.get("relative_error") is not None for row in rows)  # a bare config has no errors to show
+    table = _table("Plan", ["Matrix", "Rank x A⊗B", "Held", "Teacher", *(["Relative error"] if fitted else [])], 2)
     heading = None
     for (stage, structure, *_), members in groups.items():
         if heading != (heading := f"{stage} · {structure}"):
@@ -136,7 +137,7 @@ def plan_table(plan: Document) -> RenderableType:
             Text(first.get("label") or numbers.spec(first["spec"])),
             numbers.count(sum(row["held_parameters"] for row in members)),
             numbers.count(sum(row["teacher_parameters"] for row in members)),
-            _error_range([row.get("relative_error") for row in members]),
+            *([_error_range([row.get("relative_error") for row in members])] if fitted else []),
         )
     return Group(table, _plan_totals(plan))
 
