@@ -12,7 +12,7 @@ import torch
 import kronfold as kf
 import pico
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # pico models: a second thread only waits
 
 
 @pytest.fixture(scope="session")

@@ -37,22 +37,23 @@ def test_round_trip_is_exact_twice(students, checkpoints, tmp_path, recipe):
     assert (tmp_path / "again" / "config.json").read_text() == (checkpoints[recipe] / "config.json").read_text()
 
 
-@each_recipe
-def test_a_fresh_process_gives_bitwise_equal_logits(students, checkpoints, tmp_path, recipe):
-    # Once with kronfold imported before transformers, once after: both must find the loader.
-    for order in ("import kronfold; import transformers", "import transformers.models.auto; import kronfold"):
-        program = (
-            f"{order}\nimport torch\n"
-            "from transformers import AutoModelForCausalLM\n"
-            "from safetensors.torch import load_file, save_file\n"
-            f"model = AutoModelForCausalLM.from_pretrained({str(checkpoints[recipe])!r})\n"
-            f"ids = load_file({str(tmp_path / 'ids')!r})['ids']\n"
-            f"save_file({{'logits': model(ids).logits.detach()}}, {str(tmp_path / 'logits')!r})\n"
-        )
-        save_file({"ids": pico.ids(students[recipe])}, tmp_path / "ids")
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert torch.equal(load_file(tmp_path / "logits")["logits"], logits(students[recipe]))
+# kronfold imported before transformers, and after: both must find the loader.
+@pytest.mark.parametrize("order", ["import kronfold, transformers", "import transformers.models.auto, kronfold"])
+def test_a_fresh_process_gives_bitwise_equal_logits(students, checkpoints, tmp_path, order):
+    (tmp_path / "places.json").write_text(json.dumps({recipe: str(place) for recipe, place in checkpoints.items()}))
+    save_file({"ids": pico.ids(students["tqcompressor"])}, tmp_path / "ids")
+    program = f"""{order}
+import json
+from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+ids = load_file("ids")["ids"]
+models = {{r: AutoModelForCausalLM.from_pretrained(p) for r, p in json.load(open("places.json")).items()}}
+save_file({{r: model(ids).logits.detach() for r, model in models.items()}}, "logits")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "logits")
+    assert all(torch.equal(found[recipe], logits(student)) for recipe, student in students.items())
 
 
 def test_the_head_is_stored_once(checkpoints, students):

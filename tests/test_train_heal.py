@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import shutil
 
@@ -154,6 +155,25 @@ def test_a_damaged_newest_checkpoint_is_passed_by(tmp_path, damaged, caplog):
     result = heal(student, teacher, data, output_dir=tmp_path, resume=True, **options)
     assert result.resumed_from == 4
     assert "checkpoint-6 is not whole" in caplog.text
+    torch.testing.assert_close(weights(student), weights(whole), rtol=0, atol=0)
+
+
+def test_a_full_disk_says_so_and_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
+    teacher, data, options = gpt2(1), Blocks(10), {"steps": 4, "batch_size": 2, "bf16": False, "save_steps": 2}
+    whole, save = gpt2(0), torch.save
+    heal(whole, teacher, data, **{**options, "save_steps": None})
+
+    def full(content, path, *args):
+        if "checkpoint-4" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, path, *args)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OutputError, match="Could not write a checkpoint.*No space left on device"):
+        heal(gpt2(0), teacher, data, output_dir=tmp_path, **options)
+    monkeypatch.undo()
+    student = gpt2(5)
+    assert heal(student, teacher, data, output_dir=tmp_path, resume=True, **options).resumed_from == 2
     torch.testing.assert_close(weights(student), weights(whole), rtol=0, atol=0)
 
 

@@ -6,7 +6,6 @@ import sys
 import traceback
 from typing import Annotated
 
-import click
 import typer
 
 from kronfold import __version__
@@ -50,13 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        code = app(arguments, standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        code = 2
-    except (click.Abort, KeyboardInterrupt):
-        err.print("Stopped. A run with -o can go on with --resume.")
-        code = 130
+        app(arguments)  # ends in SystemExit: 0 when done, 2 for words it does not understand
+        return
     except KronfoldError as error:
         _complain(f"Error: {error}", debug)
         code = error.exit_code
@@ -67,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
             debug,
         )
         code = 1
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)
 
 
 def _complain(text: str, debug: bool) -> None:

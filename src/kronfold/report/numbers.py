@@ -98,6 +98,11 @@ def protocol(settings: Mapping[str, Any]) -> str:
     return f"{name} ({rest})" if rest else name
 
 
+def protocol_short(settings: Mapping[str, Any]) -> str:
+    """Name, window and stride only, for headings: `sliding (window 256, stride 128)`."""
+    return protocol({key: settings[key] for key in ("name", "window", "stride") if key in settings})
+
+
 def spec(settings: Mapping[str, Any]) -> str:
     """A spec for tables. Kronecker shapes read `4 × (192×384 ⊗ 4×2)`; any other spec lists its fields.
 

@@ -129,7 +129,7 @@ def _perplexity_card(results: Document) -> tuple[str, str, list[str]]:
         lines += [f"excess {numbers.signed_percent(excess)}"] if excess is not None else []
         if not results.get("complete", True):
             lines.append(f"after stage {healed + 1}, {numbers.count(stage.get('held_parameters'))} held parameters")
-    lines.append(f"protocol {numbers.protocol(results['protocol'])}")
+    lines.append(f"protocol {numbers.protocol_short(results['protocol'])}")
     return "Perplexity, healed", numbers.perplexity(value), lines
 
 

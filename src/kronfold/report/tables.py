@@ -66,7 +66,7 @@ def _sizes(results: Document) -> Table:
 
 def _controls(results: Document) -> Table:
     table = _table(
-        f"Perplexity, protocol {escape(numbers.protocol(results['protocol']))}",
+        f"Perplexity, protocol {escape(numbers.protocol_short(results['protocol']))}",
         ["Model", "Held parameters", "Tokens trained", "Perplexity", "Excess"],
         1,
     )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from kronfold.base.errors import DataError, InputError
@@ -91,7 +91,7 @@ def heal(
     Raises:
         InputError: options, budget or pair that cannot be used; a loss that is no longer finite.
         DataError: no blocks, or blocks that are not integers of one length.
-        OutputError, CheckpointError: output_dir is taken, or its checkpoints are of another run.
+        OutputError, CheckpointError: output_dir is taken or cannot be written, or is of another run.
     """
     config = HealConfig.from_options(**options)
     needs_teacher = config.objective.needs_teacher
@@ -107,35 +107,48 @@ def heal(
         blocks_per_step = config.batch_size * config.accumulate * args.world_size
         _set_budget(args, config, config.steps_for(blocks_per_step * block), saves=output_dir is not None)
         settings = _settings(config, args, blocks_per_step, student) | fingerprint
-        checkpoint = checkpoints.prepare(place, settings, resume) if output_dir else None
-        stack.enter_context(_left_as_found(student, teacher))
-        student.float()
-        if not config.dropout:
-            stack.enter_context(_without_dropout(student))
+        checkpoint = None
+        with args.main_process_first(local=False):
+            if output_dir:  # the other processes find what the first has noted down, as if resuming
+                checkpoint = checkpoints.prepare(place, settings, resume or args.process_index > 0)
         watcher = _Watcher(progress, blocks_per_step * block)
-        trainer = DistillationTrainer(
-            student,
-            teacher,
-            config.objective,
-            args=args,
-            train_dataset=ShuffledStream(data, args.max_steps * blocks_per_step, config.seed),
-            callbacks=[watcher, *callbacks],
-        )
-        trainer.remove_callback(PrinterCallback)  # it prints to stdout
-        start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        seconds = time.perf_counter() - start
-    steps, resumed_from = trainer.state.global_step, checkpoints.step_of(checkpoint) if checkpoint else None
+        stream = ShuffledStream(data, args.max_steps * blocks_per_step, config.seed)
+        state, seconds = _train(student, teacher, stream, config, args, checkpoint, [watcher, *callbacks])
+    steps, resumed_from = state.global_step, checkpoints.step_of(checkpoint) if checkpoint else None
     return HealResult(
         tokens=steps * blocks_per_step * block,
         steps=steps,
         seconds=seconds,
         tokens_per_second=(steps - (resumed_from or 0)) * blocks_per_step * block / seconds,
-        losses=[watcher.entry(logs) for logs in trainer.state.log_history if "loss" in logs],
+        losses=[watcher.entry(logs) for logs in state.log_history if "loss" in logs],
         learning_rate=config.learning_rate,
         bf16=args.bf16,
         resumed_from=resumed_from,
     )
+
+
+def _train(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    data: Dataset,
+    config: HealConfig,
+    args: TrainingArguments,
+    checkpoint: Path | None,
+    callbacks: list[TrainerCallback],
+) -> tuple[TrainerState, float]:
+    """(state at the end, seconds of the loop). The models are as before, but for the student's weights."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_left_as_found(student, teacher))
+        if not config.dropout:
+            stack.enter_context(_without_dropout(student))
+        student.float()
+        trainer = DistillationTrainer(
+            student, teacher, config.objective, args=args, train_dataset=data, callbacks=callbacks
+        )
+        trainer.remove_callback(PrinterCallback)  # it prints to stdout
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return trainer.state, time.perf_counter() - start
 
 
 def _inspect(data: Dataset) -> tuple[int, dict[str, Any]]:

@@ -6,11 +6,12 @@ import copy
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from kronfold.base.errors import InputError
+from kronfold.base.errors import InputError, OutputError
 from kronfold.distill import Objective, ObjectiveConfig, check_head, check_pair
 
 
@@ -113,6 +114,15 @@ class DistillationTrainer(Trainer):
             self._running = {name: torch.zeros_like(value) for name, value in named.items()}
         for name, value in named.items():
             self._running[name] += value
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own words for a full disk
+            raise OutputError(
+                f"Could not write a checkpoint in {self.args.output_dir}: {error}. Earlier checkpoints are whole. "
+                "Free some space and resume, or choose another place."
+            ) from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds each named loss, as a mean over the steps since the last log, to training logs."""
