@@ -69,6 +69,8 @@ def test_the_output_loads_with_plain_transformers_and_is_what_the_card_says(trai
     tokenizer = AutoTokenizer.from_pretrained(place)
     assert model.num_parameters() == document["held_parameters"]
     assert model.config.resid_pdrop == model.config.embd_pdrop == model.config.attn_pdrop == 0
+    assert model.config.use_cache
+    assert {path.stat().st_mode & 0o777 for path in place.iterdir()} == {0o644}
     assert tokenizer.model_max_length == model.config.max_position_embeddings == 16
     held_out = [row for row in documents(text) if split_of(row, 0.2) == "validation"]
     measured = perplexity(model, tokenizer, held_out, "sliding")
@@ -127,7 +129,8 @@ def test_an_existing_output_stays_until_the_new_one_is_complete(text: Path, tmp_
     with pytest.raises(DataError, match="less than one batch of 5000"):
         pretrain(config_file(tmp_path, settings(text, batch_size=5000)), tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "precious").read_text() == "old"
-    pretrain(config_file(tmp_path, settings(text, steps=1)), tmp_path / "out", overwrite=True)
+    pretrain(config_file(tmp_path, settings(text, steps=1, keep="last")), tmp_path / "out", overwrite=True)
+    assert "weights of step 1, the last" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert not (tmp_path / "out" / "precious").exists()
 
 

@@ -192,7 +192,7 @@ def test_output_of_another_run_is_not_touched(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(OutputError, match="earlier healing"):
         heal(gpt2(0), teacher, data, output_dir=tmp_path, **options)
-    with pytest.raises(CheckpointError, match=r"learning_rate was 0\.001 and is now 0\.5"):
+    with pytest.raises(CheckpointError, match=r"learning_rate was 0\.0005 and is now 0\.5"):
         heal(gpt2(0), teacher, data, output_dir=tmp_path, resume=True, learning_rate=0.5, **options)
     with pytest.raises(CheckpointError, match=r"blocks was 10 and is now 11"):
         heal(gpt2(0), teacher, Blocks(11), output_dir=tmp_path, resume=True, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.resources
 from pathlib import Path
 
-PROMPT = "Return a list of"
+PROMPT = "If the file does not exist,"
 
 
 def teacher_path() -> Path:

@@ -20,7 +20,7 @@ def add_to(app: typer.Typer) -> None:
 
 def demo(
     output: Annotated[str, typer.Option("--output", "-o", help="Where the results go.")] = "kronfold-demo",
-    heal_tokens: Annotated[int, typer.Option(help="Healing budget of each track, in tokens.")] = 600_000,
+    heal_tokens: Annotated[int, typer.Option(help="Healing budget of each track, in tokens.")] = 200_000,
     seed: t.Seed = 0,
     device: t.Device = "auto",
     overwrite: t.Overwrite = False,
@@ -102,10 +102,10 @@ def heal(
     output: Annotated[str, typer.Option("--output", "-o", help="Directory for the healed checkpoint.")],
     eval_text: Annotated[str | None, typer.Option(help="Text to measure on, before and after.")] = None,
     heal_tokens: Annotated[int, typer.Option(help="Training budget in tokens.")] = 10_000_000,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate (AdamW, cosine).")] = 6e-4,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate (AdamW, cosine).")] = 5e-4,
     batch_size: Annotated[int, typer.Option(help="Windows per step.")] = 16,
     temperature: Annotated[float, typer.Option(help="Temperature of the KL term.")] = 1.0,
-    ce: Annotated[float, typer.Option(help="Weight of the cross entropy with the text.")] = 1.0,
+    ce: Annotated[float, typer.Option(help="Weight of the cross entropy with the text.")] = 0.1,
     kl: Annotated[float, typer.Option(help="Weight of the divergence from the teacher.")] = 1.0,
     protocol: Annotated[str, typer.Option(help="Perplexity protocol: sliding or paper.")] = "sliding",
     seed: t.Seed = 0,

@@ -29,7 +29,7 @@ class ObjectiveConfig:
     """
 
     kl: float = 1.0
-    ce: float = 0.5
+    ce: float = 0.1
     temperature: float = 1.0
     chunk_tokens: int = 1024
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 _STDLIB = """\
@@ -10,12 +11,15 @@ and the longer comments of the standard library, cleaned by `kronfold data stdli
 and contributors, under the PSF License Agreement, https://docs.python.org/3/license.html.
 """
 
+_KEPT = {"best": "the lowest validation loss", "last": "the last"}
+_CAVEAT = {"best": "The validation split chose the step, so this number is slightly favourable. ", "last": ""}
+
 
 def model_card(document: dict[str, Any]) -> str:
     """Markdown with YAML front matter: what the model is, its data, its training and its held-out perplexity."""
     config, data, training = document["config"], document["data"], document["training"]
     found, sizes = document["evaluation"], document["config"]["model"]
-    protocol = found["protocol"]
+    protocol, keep = found["protocol"], config["training"]["keep"]
     stdlib = config["data"]["source"] == "stdlib"
     source = _STDLIB.format(python=document["versions"]["python"]) if stdlib else f"Text: {config['data']['source']}.\n"
     rows = {
@@ -26,12 +30,16 @@ def model_card(document: dict[str, Any]) -> str:
         "training split": _split(data["train"]),
         "validation split": _split(data["validation"]),
         "training": f"{training['steps']:,} steps, {training['tokens']:,} tokens, {training['epochs']} epochs; "
-        f"weights of step {training['kept_step']:,}, the lowest validation loss",
+        f"weights of step {training['kept_step']:,}, {_KEPT[keep]}",
         "seed": document["seed"],
         "arithmetic": "bfloat16 autocast" if training["bf16"] else "float32",
         "versions": ", ".join(f"{name} {version}" for name, version in document["versions"].items()),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    measured = f"""**Held-out perplexity {found["perplexity"]:.4f}** per token, of the float16 weights in this directory
+computed in float32, on the validation split: {found["tokens"]:,} tokens, {found["words"]:,} words, {found["bytes"]:,}
+bytes. Protocol `{protocol["name"]}`: documents joined by `{protocol["join"]}`, window {protocol["window"]}, stride
+{protocol["stride"]}, {protocol["averaging"]}. {_CAVEAT[keep]}No document of it was trained on."""
     return f"""---
 language: en
 library_name: transformers
@@ -47,11 +55,7 @@ nothing else; it exists to have something real to compress.
 |---|---|
 {table}
 
-**Held-out perplexity {found["perplexity"]:.4f}** per token, of the float16 weights in this directory computed in
-float32, on the validation split: {found["tokens"]:,} tokens, {found["words"]:,} words, {found["bytes"]:,} bytes.
-Protocol `{protocol["name"]}`: documents joined by `{protocol["join"]}`, window {protocol["window"]}, stride
-{protocol["stride"]}, {protocol["averaging"]}. The validation split chose the step, so this number is slightly
-favourable; no document of it was trained on.
+{textwrap.fill(measured, 110, break_on_hyphens=False)}
 """
 
 

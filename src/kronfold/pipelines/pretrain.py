@@ -78,7 +78,8 @@ class TrainingConfig(_Strict):
     """AdamW with linear warm-up (share of the steps) and cosine decay to 0; `batch_size` in blocks of n_positions.
 
     `dropout` acts on embeddings and residual branches during training and is 0 in the config that is saved.
-    `evaluate_every`: steps between two validation losses, each with a checkpoint; the lowest one's weights are kept.
+    `evaluate_every`: steps between two validation losses, each with a checkpoint. `keep`: the weights of the "best"
+    validation loss or of the "last" step.
     """
 
     steps: int = Field(ge=1)
@@ -88,6 +89,7 @@ class TrainingConfig(_Strict):
     weight_decay: float = Field(default=0.1, ge=0)
     dropout: float = Field(default=0.1, ge=0, lt=1)
     evaluate_every: int = Field(default=200, ge=1)
+    keep: Literal["best", "last"] = "best"
     bf16: bool | Literal["auto"] = "auto"
     compile: bool = False
 
@@ -235,7 +237,7 @@ def _train(
     checkpoint: Path | None,
     progress: Progress | None,
 ) -> Trainer:
-    """Train `model` in place with the stock Trainer; it ends with the weights of the lowest validation loss."""
+    """Train `model` in place with the stock Trainer; it ends with the weights that `keep` names."""
     training = config.training
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
@@ -259,7 +261,7 @@ def _train(
         save_strategy="steps",
         save_steps=every,
         save_total_limit=2,
-        load_best_model_at_end=True,
+        load_best_model_at_end=training.keep == "best",
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_steps=min(50, every),
@@ -298,7 +300,7 @@ class _Watcher(TrainerCallback):
 def _summary(trainer: Trainer, config: PretrainConfig, seconds: float, checkpoint: Path | None) -> dict[str, Any]:
     history = trainer.state.log_history
     best = trainer.state.best_model_checkpoint
-    kept = int(best.rpartition("-")[2]) if best else trainer.state.global_step
+    kept = int(best.rpartition("-")[2]) if best and config.training.keep == "best" else trainer.state.global_step
     per_step = config.training.batch_size * config.model.n_positions
     return {
         "steps": trainer.state.global_step,
@@ -322,7 +324,7 @@ def _write(
     run: dict[str, Any],
 ) -> dict[str, Any]:
     model.config.resid_pdrop = model.config.embd_pdrop = 0.0  # dropout belongs to this run, not to the model
-    model.config.name_or_path = ""
+    model.config.use_cache = True  # the Trainer switched it off
     model.half().save_pretrained(place)
     tokenizer.save_pretrained(place)
     shipped = GPT2LMHeadModel.from_pretrained(place, dtype=torch.float32)
@@ -330,4 +332,6 @@ def _write(
     document = results.document("pretrain", config.seed, perplexity=found.perplexity, **run, evaluation=found.to_dict())
     write_json(place / "results.json", document)
     (place / "README.md").write_text(model_card(document), encoding="utf-8")
+    for file in place.iterdir():
+        file.chmod(0o644)  # safetensors writes for the owner only
     return document

@@ -19,7 +19,7 @@ class _Strict(BaseModel):
 class ObjectiveRecipe(_Strict):
     """Weights of the named losses and the temperature of the KL term (which is multiplied by temperature²)."""
 
-    ce: float = Field(1.0, ge=0)
+    ce: float = Field(0.1, ge=0)
     kl: float = Field(1.0, ge=0)
     temperature: float = Field(1.0, gt=0)
 
@@ -34,10 +34,10 @@ class HealRecipe(_Strict):
     """How a stage heals. `tokens` is its budget in training tokens; --heal-tokens rescales all stages in proportion."""
 
     tokens: int = Field(gt=0)
-    learning_rate: float = Field(6e-4, gt=0)
+    learning_rate: float = Field(5e-4, gt=0)
     batch_size: int = Field(16, gt=0)
     warmup: float = Field(0.05, ge=0, lt=1)
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
     objective: ObjectiveRecipe = Field(default_factory=lambda: ObjectiveRecipe.model_validate({}))
 
 

@@ -47,7 +47,7 @@ class HealConfig:
     steps: int | None = None
     batch_size: int = 8
     accumulate: int = 1
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     warmup: float = 0.05
     schedule: str = "cosine"
     weight_decay: float = 0.0
