@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
 import sys
 
 import pytest
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 import pico
 from kronfold.cli.main import main
@@ -232,16 +235,20 @@ def test_weights_that_cannot_be_fitted(call, tmp_path, value):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(call, model, tmp_path, monkeypatch):
-    import errno
+# As the operating system says it, and as safetensors does.
+FULL_DISK = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+]
 
-    from transformers import PreTrainedModel
 
+@pytest.mark.parametrize("error", FULL_DISK, ids=["OSError", "SafetensorError"])
+def test_a_full_disk_leaves_the_old_checkpoint(call, model, tmp_path, monkeypatch, error):
     assert call("compress", model, "-o", tmp_path / "small")[0] == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "small").iterdir()}
 
     def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     code, _, err = call("compress", model, "-o", tmp_path / "small", "--overwrite")

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -47,6 +48,24 @@ def check_output(path: str | Path, overwrite: bool = False, allow_existing: bool
 
 
 @contextlib.contextmanager
+def explain_write_errors(path: str | Path) -> Iterator[None]:
+    """Turn what goes wrong while writing `path` into an OutputError.
+
+    Libraries written in Rust (safetensors, tokenizers) report a full disk as their own error, with "(os error 28)" in
+    the text instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _explain(Path(path), error) from error
+    except Exception as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise _explain(Path(path), OSError(int(code[1]), os.strerror(int(code[1])))) from error
+
+
+@contextlib.contextmanager
 def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; on success it takes the name `path`, on failure it vanishes.
 
@@ -54,19 +73,15 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
     Raises OutputError when the place is taken or cannot be written.
     """
     path = check_output(path, overwrite)
-    try:
+    with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise _explain(path, error) from error
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        swap_directory(scratch, path)
-    except OSError as error:
-        raise _explain(path, error) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            yield scratch
+            scratch.chmod(0o755)
+            swap_directory(scratch, path)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def swap_directory(scratch: Path, path: Path) -> None:
@@ -89,19 +104,16 @@ def swap_directory(scratch: Path, path: Path) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 file atomically (same directory, then rename). Raises OutputError."""
     path = Path(path)
-    try:
+    with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise _explain(path, error) from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except OSError as error:
-        Path(name).unlink(missing_ok=True)
-        raise _explain(path, error) from error
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, document: Any) -> None:

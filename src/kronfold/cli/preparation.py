@@ -31,7 +31,7 @@ def stdlib(
     overwrite: t.Overwrite = False,
     json: t.Json = False,
 ) -> None:
-    """Extract English prose from this Python installation: language topics and docstrings. No network."""
+    """Extract English prose from this Python installation: topics, docstrings, longer comments. No network."""
     from kronfold.data.stdlib import extract_stdlib
 
     manifest = extract_stdlib(output, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""Compare the headers of safetensors files with a model before a single weight is read."""
+"""Write a model directory, and check one against a model before a single weight is read."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kronfold.base.errors import CheckpointError
+from kronfold.base.files import explain_write_errors
 from kronfold.models.safetensors_header import read_headers
 
 
@@ -43,3 +44,12 @@ def check_tensors(model: PreTrainedModel, specs: Mapping[str, Any], files: Itera
             + "\nconfig.json and the safetensors files belong to different checkpoints, or a file is incomplete; "
             "restore both from one source."
         )
+
+
+def write_model(model: PreTrainedModel, tokenizer: Any, place: str | Path) -> None:
+    """Model and tokenizer into the directory `place`, readable like any other file. Raises OutputError."""
+    with explain_write_errors(place):
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        for file in Path(place).glob("*.safetensors"):
+            file.chmod(0o644)  # safetensors creates them for the owner alone

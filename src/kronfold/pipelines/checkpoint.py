@@ -18,6 +18,7 @@ from kronfold.data.sources import documents
 from kronfold.distill.objective import ObjectiveConfig
 from kronfold.evaluate.perplexity import perplexity
 from kronfold.evaluate.texts import open_text
+from kronfold.export.checkpoint import write_model
 from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer, read_dtype
@@ -163,6 +164,5 @@ def save_checkpoint(
     if read_specs(model):
         attach(model)
     with atomic_directory(output, overwrite) as place:
-        model.save_pretrained(place)
-        tokenizer.save_pretrained(place)
+        write_model(model, tokenizer, place)
         write_json(place / "results.json", document)

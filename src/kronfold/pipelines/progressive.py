@@ -25,6 +25,7 @@ from kronfold.distill.objective import ObjectiveConfig
 from kronfold.evaluate.perplexity import perplexity
 from kronfold.evaluate.samples import sample
 from kronfold.evaluate.texts import open_text
+from kronfold.export.checkpoint import write_model
 from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer
@@ -259,8 +260,7 @@ def _stage(state: _Run, stage: planning.PlanStage, source: str | Path, place: Pa
         )
         shutil.rmtree(trainer, ignore_errors=True)
     entry["sample"] = state.text(student)
-    student.save_pretrained(place)
-    state.tokenizer.save_pretrained(place)
+    write_model(student, state.tokenizer, place)
     return entry
 
 
@@ -294,8 +294,7 @@ def _finish(state: _Run, student: PreTrainedModel, measured: dict[str, Any]) -> 
     dtype = options.dtype or load_model(options.model, dtype="auto").dtype
     student.to(dtype)
     attach(student)
-    student.save_pretrained(state.work)
-    state.tokenizer.save_pretrained(state.work)
+    write_model(student, state.tokenizer, state.work)
     final = state.perplexity(load_model(state.work, device=options.device), "the saved checkpoint")
     teacher, stages, controls = measured["teacher"], measured["stages"], measured["controls"]
     document = results.document(
