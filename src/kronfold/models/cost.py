@@ -10,14 +10,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kronfold.models.families import family_of
 from kronfold.nn import FactorizedEmbedding, KroneckerLinear, TiedHead
 
 
 @dataclass(frozen=True)
 class Cost:
     """Attributes:
-    held_parameters: every distinct stored number, each tied tensor once (floating-point tensors).
+    held_parameters: every distinct stored number, each tied tensor once (floating-point tensors; what a model works
+        out anew on loading, such as rotary frequencies, is not stored).
     index_bytes: bytes of integer buffers (permutations).
     macs_per_token: multiply-accumulates of all matrix products with weights, LM head included, attention scores
         not (they depend on the length of the text).
@@ -35,15 +35,13 @@ class Cost:
 
 
 def cost(model: PreTrainedModel) -> Cost:
-    """Count a model as it stands."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    """Count a model as it stands, whatever its family."""
+    tensors = {id(t): t for t in model.state_dict(keep_vars=True).values()}.values()
     held = sum(t.numel() for t in tensors if t.is_floating_point())
     index_bytes = sum(
         t.numel() * t.element_size() for t in tensors if not t.is_floating_point() and t.dtype != torch.bool
     )
-    family = family_of(model.config)
-    macs = sum(_macs(module) for name, module in model.named_modules() if name != family.head)
-    macs += _macs(model.get_submodule(family.head))
+    macs = sum(_macs(module) for module in model.modules())
     return Cost(held, index_bytes, round(macs), 2 * held + index_bytes, 4 * held + index_bytes)
 
 

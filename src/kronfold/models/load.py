@@ -161,11 +161,5 @@ def _load_gguf(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
     except ImportError as error:
         raise InputError(f"Reading {path.name} needs the gguf package: pip install 'kronfold[gguf]'.") from error
-    config = type(loaded.config).from_dict(
-        {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
-    )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
-    model.load_state_dict(loaded.state_dict(), assign=True)
-    model.tie_weights()
-    return model.eval()
+    loaded.hf_quantizer.remove_quantization_config(loaded)  # its weights are ordinary numbers now
+    return loaded.eval()
