@@ -77,7 +77,7 @@ def test_equal_seeds_give_equal_runs(finished, options, tmp_path):
 def test_a_stopped_run_goes_on_and_ends_alike(finished, options, tmp_path, monkeypatch):
     _, document = finished
     place = tmp_path / "stopped"
-    real, calls = progressive.heal, []
+    real, calls = progressive.heal_by, []
 
     def stops(*arguments, **keywords):
         calls.append(1)
@@ -85,7 +85,7 @@ def test_a_stopped_run_goes_on_and_ends_alike(finished, options, tmp_path, monke
             raise KeyboardInterrupt
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(progressive, "heal", stops)
+    monkeypatch.setattr(progressive, "heal_by", stops)
     with pytest.raises(KeyboardInterrupt):
         run(options, place)
     assert not place.exists()

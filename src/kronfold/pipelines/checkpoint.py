@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from kronfold.base import results
 from kronfold.base.files import atomic_directory, check_output, write_json
-from kronfold.data.packing import pack
+from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
 from kronfold.distill.objective import ObjectiveConfig
 from kronfold.evaluate.perplexity import perplexity
@@ -27,9 +27,7 @@ from kronfold.pipelines.compress import Progress, compress_stage
 from kronfold.planner import planning
 from kronfold.planner.plan import Plan
 from kronfold.planner.recipe import HealRecipe
-from kronfold.train.heal import heal
-
-SAVE_STEPS = 200  # optimiser steps between trainer checkpoints: what an interrupted run can lose
+from kronfold.train.heal import HealResult, heal
 
 
 def compress_to(
@@ -109,20 +107,13 @@ def heal_to(
         ).perplexity  # fmt: skip
 
     teacher_perplexity, before = measure(original, "the teacher"), measure(model, "before healing")
-    objective = ObjectiveConfig(**recipe.objective.model_dump())
-    healed = heal(
+    healed = heal_by(
+        recipe,
         model,
-        original if objective.kl > 0 else None,
+        original,
         blocks,
-        tokens=recipe.tokens,
-        batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        warmup=recipe.warmup,
-        weight_decay=recipe.weight_decay,
-        objective=objective,
         seed=seed,
         output_dir=work,
-        save_steps=SAVE_STEPS,
         resume=resume,
         progress=lambda step, total, _logs: report("heal", step, total),
     )
@@ -148,6 +139,39 @@ def heal_to(
     save_checkpoint(model, tokenizer, student, output, document, saved_dtype, overwrite)
     shutil.rmtree(work, ignore_errors=True)
     return document
+
+
+def heal_by(
+    recipe: HealRecipe,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    blocks: TokenBlocks,
+    *,
+    seed: int,
+    output_dir: Path | None,
+    resume: bool,
+    progress: Callable[[int, int, dict[str, float]], None],
+) -> HealResult:
+    """`kronfold.train.heal.heal` with the settings of a recipe; an objective without KL uses no teacher.
+
+    `output_dir` receives trainer checkpoints on the way, None keeps none (such a healing cannot be resumed).
+    """
+    objective = ObjectiveConfig(**recipe.objective.model_dump())
+    return heal(
+        student,
+        teacher if objective.needs_teacher else None,
+        blocks,
+        tokens=recipe.tokens,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        warmup=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+        objective=objective,
+        seed=seed,
+        output_dir=output_dir,
+        resume=resume and output_dir is not None,
+        progress=progress,
+    )
 
 
 def save_checkpoint(

@@ -21,7 +21,6 @@ from kronfold.base.errors import InputError
 from kronfold.base.files import check_output, swap_directory, write_json
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
-from kronfold.distill.objective import ObjectiveConfig
 from kronfold.evaluate.perplexity import perplexity
 from kronfold.evaluate.samples import sample
 from kronfold.evaluate.texts import open_text
@@ -29,14 +28,14 @@ from kronfold.export.checkpoint import write_model
 from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer
+from kronfold.pipelines.checkpoint import heal_by
 from kronfold.pipelines.compress import compress, compress_stage
 from kronfold.pipelines.steps import StepBook
 from kronfold.planner import planning
 from kronfold.planner.recipe import HealRecipe, Recipe, load_recipe
-from kronfold.train.heal import heal
+from kronfold.train.heal import HealResult
 
 Control = Literal["dense", "plain"]
-SAVE_STEPS = 200  # optimiser steps between trainer checkpoints: what an interrupted run can lose
 Report = Callable[[str, int, int], None]
 
 
@@ -264,26 +263,19 @@ def _stage(state: _Run, stage: planning.PlanStage, source: str | Path, place: Pa
     return entry
 
 
-def _heal(state: _Run, student: PreTrainedModel, recipe: HealRecipe, what: str, trainer_dir: Path | None) -> Any:
+def _heal(state: _Run, student: PreTrainedModel, recipe: HealRecipe, what: str, trainer_dir: Path | None) -> HealResult:
     def progress(step: int, total: int, logs: dict[str, float] | None = None) -> None:
         loss = f" (loss {logs['loss']:.3f})" if logs and "loss" in logs else ""
         state.report(what + loss, step, total)
 
-    objective = ObjectiveConfig(**recipe.objective.model_dump())
-    return heal(
+    return heal_by(
+        recipe,
         student,
-        state.teacher if objective.kl > 0 else None,
+        state.teacher,
         state.blocks,
-        tokens=recipe.tokens,
-        batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        warmup=recipe.warmup,
-        weight_decay=recipe.weight_decay,
-        objective=objective,
         seed=state.options.seed,
         output_dir=trainer_dir,
-        save_steps=SAVE_STEPS if trainer_dir else None,
-        resume=state.book.resumed and trainer_dir is not None,
+        resume=state.book.resumed,
         progress=progress,
     )
 
