@@ -137,10 +137,10 @@ def _without(model, tmp_path, *names):
     return place
 
 
-def _mismatched(model, tmp_path):
+def _mismatched(model, tmp_path, **changes):
     place = _without(model, tmp_path)
     config = json.loads((place / "config.json").read_text())
-    (place / "config.json").write_text(json.dumps({**config, "n_layer": 3}))
+    (place / "config.json").write_text(json.dumps({**config, **changes}))
     return place
 
 
@@ -151,7 +151,10 @@ def _file(tmp_path, name, content: bytes):
 
 BAD = {
     "truncated weights": (lambda m, t: ["inspect", _truncated(m, t)], "cut short or damaged"),
-    "config and weights differ": (lambda m, t: ["inspect", _mismatched(m, t)], "do not match its config.json.*missing"),
+    "weights lack a layer": (lambda m, t: ["inspect", _mismatched(m, t, n_layer=3)], "config.json.*missing: .*h.2"),
+    "weights of another width": (lambda m, t: ["inspect", _mismatched(m, t, n_embd=64)], "config.json.*wrong shape"),
+    "weights have a layer more": (lambda m, t: ["inspect", _mismatched(m, t, n_layer=1)], "not in the config: .*h.1"),
+    "config of no model": (lambda m, t: ["inspect", _mismatched(m, t, model_type="gpt9")], "Could not open"),
     "no tokenizer": (
         lambda m, t: ["eval", _without(m, t, "tokenizer.json"), "--text", _file(t, "t.txt", b"the fox")],
         "no tokenizer",

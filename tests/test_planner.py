@@ -78,6 +78,24 @@ def test_plan_saves_and_loads(tmp_path):
     assert {"held_parameters", "teacher_parameters", "macs_per_token", "bytes_fp16", "rows"} <= set(document)
 
 
+def test_a_compressed_checkpoint_is_planned_as_it_is(students, checkpoints):
+    """From its config alone as from its weights: the embedding gets a third level, the head stays tied."""
+    from kronfold.models.load import load_config
+
+    entry = {"modules": "*.wte", "block": [1, 2], "permute": "none"}
+    third = validate(Recipe, recipe(stage={"compress": [entry]}), "Recipe third")
+    by_config = kf.plan(load_config(checkpoints["tqcompressor"]), third)
+    again = kf.compress(students["tqcompressor"], third)
+    assert by_config.cost == kf.plan(students["tqcompressor"], third, errors=False).cost
+    assert by_config.held_parameters == sum(p.numel() for p in again.parameters())
+    untied = validate(Recipe, recipe(stage={"compress": [{**entry, "head": "untied"}]}), "Recipe untied")
+    parted = kf.compress(students["tqcompressor"], untied)
+    assert parted.lm_head.weight.shape == (101, 32)
+    assert kf.plan(students["tqcompressor"], untied, errors=False).held_parameters == sum(
+        p.numel() for p in parted.parameters()
+    )
+
+
 def test_an_edited_plan_is_carried_out_and_counted_anew(teacher, tmp_path):
     made = kf.plan(teacher, "tqcompressor", errors=False)
     made.save(tmp_path / "plan.json")

@@ -32,7 +32,7 @@ Model = Annotated[
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Where the result goes.", show_default=False)]
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...; auto takes CUDA if there is one.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes CUDA if there is one.")]
 Dtype = Annotated[
     str | None,
     typer.Option(help="float32, float16 or bfloat16 of the saved weights; default: as in MODEL.", show_default=False),
@@ -121,6 +121,8 @@ def prepare(device: str = "cpu", seed: int | None = None) -> str:
         set_seed(seed)
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if ":" in device:
+        raise InputError(f"Device {device!r}: choose one GPU with CUDA_VISIBLE_DEVICES and give --device cuda.")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

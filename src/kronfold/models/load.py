@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.utils import logging as hf_logging
 
 from kronfold.base.errors import CheckpointError, InputError
-from kronfold.models.presets import preset_config
+from kronfold.models.presets import PRESETS, preset_config
 from kronfold.models.safetensors_header import read_headers
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -31,10 +31,13 @@ def load_config(source: str | Path) -> PretrainedConfig:
     """The config of MODEL, without its weights. Raises InputError or CheckpointError."""
     text = str(source)
     if text.startswith("config:"):
-        path = Path(text.removeprefix("config:"))
-        return AutoConfig.from_pretrained(path) if path.exists() else preset_config(str(path))
+        name = text.removeprefix("config:")
+        if name in PRESETS or not Path(name).is_dir():
+            return preset_config(name)
+        _check_config(Path(name))
+        return _from_pretrained(AutoConfig, name)
     if text.endswith(".gguf"):
-        return AutoConfig.from_pretrained(_gguf(text).parent, gguf_file=_gguf(text).name)
+        return _from_gguf(AutoConfig, text)
     if (local := _local(text)) is not None:
         _check_config(local)
     return _from_pretrained(AutoConfig, text)
@@ -53,7 +56,9 @@ def load_model(source: str | Path, dtype: torch.dtype | str = torch.float32, dev
             f"{text} names a size, not weights; it can be planned, not run. Give a model directory or hub id."
         )
     if text.endswith(".gguf"):
-        return _load_gguf(_gguf(text), dtype).to(device)
+        loaded = _from_gguf(AutoModelForCausalLM, text, dtype=dtype)
+        loaded.hf_quantizer.remove_quantization_config(loaded)  # dequantised: ordinary numbers that train and save
+        return loaded.eval().to(device)
     local = _local(text)
     if local is not None:
         _check_config(local)
@@ -62,12 +67,18 @@ def load_model(source: str | Path, dtype: torch.dtype | str = torch.float32, dev
     hf_logging.set_verbosity_error()  # what the load report would warn about is raised below
     try:
         model, info = _from_pretrained(
-            AutoModelForCausalLM, text, dtype=dtype, use_safetensors=True, output_loading_info=True
+            AutoModelForCausalLM,
+            text,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     finally:
         hf_logging.set_verbosity(level)
     faults = [f"missing: {key}" for key in sorted(info["missing_keys"])]
-    faults += [f"wrong shape: {key}" for key, *_ in sorted(info["mismatched_keys"])]
+    faults += [f"wrong shape: {key}" for key in sorted(str(entry) for entry in info["mismatched_keys"])]
+    faults += [f"not in the config: {key}" for key in sorted(info["unexpected_keys"])]
     if faults:
         shown = "\n  ".join(faults[:8]) + (f"\n  … and {len(faults) - 8} more" if len(faults) > 8 else "")
         raise CheckpointError(
@@ -80,14 +91,14 @@ def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer that belongs to MODEL. Raises CheckpointError when there is none."""
     text = str(source)
     if text.endswith(".gguf"):
-        return AutoTokenizer.from_pretrained(_gguf(text).parent, gguf_file=_gguf(text).name)
+        return _from_gguf(AutoTokenizer, text)
     local = _local(text)
     if local is not None and not any(
         (local / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")
     ):
         raise CheckpointError(
             f"There is no tokenizer in {local} (looked for tokenizer.json, vocab.json, tokenizer.model). "
-            "Copy the tokenizer files of the original model there, or name another with --tokenizer."
+            "Copy the tokenizer files of the original model there."
         )
     return _from_pretrained(AutoTokenizer, text)
 
@@ -110,9 +121,9 @@ def _local(text: str) -> Path | None:
 def _from_pretrained(factory: Any, text: str, **options: Any) -> Any:
     try:
         return factory.from_pretrained(text, **options)
-    except (InputError, MemoryError):
+    except InputError:
         raise
-    except OSError as error:
+    except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise InputError(
             f"Could not open {text!r}: {first} If it is a local model, give its directory; "
@@ -148,18 +159,11 @@ def _check_weights(path: Path) -> None:
     read_headers(files)
 
 
-def _gguf(text: str) -> Path:
+def _from_gguf(factory: Any, text: str, **options: Any) -> Any:
     path = Path(text)
     if not path.is_file():
         raise InputError(f"There is no file {text}.")
-    return path
-
-
-def _load_gguf(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    """Dequantise a .gguf file into a plain model that can be trained and saved again."""
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+        return factory.from_pretrained(path.parent, gguf_file=path.name, **options)
     except ImportError as error:
         raise InputError(f"Reading {path.name} needs the gguf package: pip install 'kronfold[gguf]'.") from error
-    loaded.hf_quantizer.remove_quantization_config(loaded)  # its weights are ordinary numbers now
-    return loaded.eval()

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kronfold.base import results
+from kronfold.base.errors import OutputError
 from kronfold.base.files import atomic_directory, check_output, write_json
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
@@ -51,6 +52,7 @@ def compress_to(
     teacher = load_model(model)
     tokenizer = load_tokenizer(model)
     made = made or planning.plan(teacher, recipe)
+    planning.check_plan(made, teacher)
     started, before, stages = time.monotonic(), cost(teacher), []
     for stage in made.stages:
         rows = compress_stage(teacher, stage.rows, seed=seed, progress=progress)
@@ -92,11 +94,15 @@ def heal_to(
     """
     check_output(output, overwrite)
     saved_dtype = read_dtype(dtype) if dtype else None
+    work = Path(output).with_name(Path(output).name + ".partial")
+    if work.is_dir() and any(work.iterdir()) and not resume:
+        if not overwrite:
+            raise OutputError(f"An unfinished job lies in {work}. Continue it with --resume, or pass --overwrite.")
+        shutil.rmtree(work)
     model, original = load_model(student, device=device), load_model(teacher, device=device)
     tokenizer = load_tokenizer(student)
     size = min(1024, getattr(model.config, "max_position_embeddings", 1024))
     blocks = pack(documents(train_text), tokenizer, size, max_tokens=recipe.tokens)
-    work = Path(output).with_name(Path(output).name + ".partial")
 
     def measure(subject: PreTrainedModel, what: str) -> float | None:
         if eval_text is None:
@@ -168,6 +174,7 @@ def heal_by(
         weight_decay=recipe.weight_decay,
         objective=objective,
         seed=seed,
+        device=student.device,
         output_dir=output_dir,
         resume=resume and output_dir is not None,
         progress=progress,

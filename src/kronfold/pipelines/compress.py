@@ -1,4 +1,4 @@
-"""Carry out a plan: fit every row, then swap the modules in. The given model is never changed."""
+"""Carry out a plan: fit every row, then swap the modules in. `compress` works on a copy, `compress_stage` in place."""
 
 from __future__ import annotations
 

@@ -17,11 +17,11 @@ import torch
 from transformers import PreTrainedModel
 
 from kronfold.base import results
-from kronfold.base.errors import InputError
-from kronfold.base.files import check_output, swap_directory, write_json
+from kronfold.base.errors import InputError, suggest
+from kronfold.base.files import check_output, explain_write_errors, sha256_of, swap_directory, write_json
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
-from kronfold.evaluate.perplexity import perplexity
+from kronfold.evaluate.perplexity import PROTOCOLS, perplexity
 from kronfold.evaluate.samples import sample
 from kronfold.evaluate.texts import open_text
 from kronfold.export.checkpoint import write_model
@@ -104,6 +104,7 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     report: Report = lambda what, done, total: None,
+    finish: Callable[[dict[str, Any], Path], None] = lambda document, place: None,
 ) -> dict[str, Any]:
     """Compress and heal in the stages of a recipe, measure the controls, save everything.
 
@@ -112,6 +113,7 @@ def run(
             `results.json` and `plan.json`.
         resume: continue `<output>.partial` of an earlier, interrupted run with the same options.
         report: progress callback (what, done, total).
+        finish: called with the results and the directory before it takes its final name, e.g. to add a report.
 
     Returns the results document (schema `kronfold/run`).
 
@@ -120,6 +122,7 @@ def run(
             given that cannot be used. All are raised before any work starts.
     """
     output = check_output(output, overwrite)
+    _check_options(options)
     started = time.monotonic()
     recipe = load_recipe(options.recipe).with_heal_tokens(options.heal_tokens)
     teacher = load_model(options.model, device=options.device)
@@ -135,11 +138,22 @@ def run(
     measured = _measure(state)
     student = load_model(work / "stages" / recipe.stages[-1].name, device=options.device)
     document = _finish(state, student, measured)
+    finish(document, work)
+    with explain_write_errors(output):
+        swap_directory(work, output)
     for leftover in ("stages", "plain", "steps.json"):
-        path = work / leftover
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    swap_directory(work, output)
+        path = output / leftover
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     return document
+
+
+def _check_options(options: RunOptions) -> None:
+    if options.protocol not in PROTOCOLS:
+        raise InputError(f"Unknown protocol {options.protocol!r}. {suggest(options.protocol, PROTOCOLS)}")
+    for name in ("block_size", "heal_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 2:
+            raise InputError(f"{name} is {value}; give at least 2, or leave it out.")
 
 
 def _measure(state: _Run) -> dict[str, Any]:
@@ -168,6 +182,10 @@ def _fingerprint(options: RunOptions, recipe: Recipe, blocks: TokenBlocks) -> di
     fields = {key: value for key, value in asdict(options).items() if key not in ("device", "command", "name")}
     fields["dtype"] = str(options.dtype)
     fields["controls"] = sorted(options.controls)
+    for name, source in (("model_sha256", options.model), ("eval_sha256", options.eval_text)):
+        path = Path(source)
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        fields[name] = sha256_of(*(file for file in files if file.is_file()))  # of nothing for a hub id
     return {**fields, "recipe": recipe.model_dump(mode="json"), "train_sha256": blocks.sha256}
 
 
@@ -223,6 +241,7 @@ def _stages(state: _Run, recipe: Recipe, track: str) -> list[dict[str, Any]]:
         place = state.work / track / stage.name
         source = previous
         done.append(state.book.step(f"{track}/{stage.name}", lambda: _stage(state, stage, source, place)))  # noqa: B023
+        shutil.rmtree(_trainer_of(place), ignore_errors=True)  # only now is the stage written down
         previous = place
     return done
 
@@ -248,8 +267,7 @@ def _stage(state: _Run, stage: planning.PlanStage, source: str | Path, place: Pa
         "losses": [],
     }
     if stage.heal:
-        trainer = place.with_name(place.name + ".trainer")
-        healed = _heal(state, student, stage.heal, f"heal {stage.name}", trainer)
+        healed = _heal(state, student, stage.heal, f"heal {stage.name}", _trainer_of(place))
         after = state.perplexity(student, f"{stage.name}, healed")
         entry.update(
             after_healing=after["perplexity"],
@@ -257,10 +275,14 @@ def _stage(state: _Run, stage: planning.PlanStage, source: str | Path, place: Pa
             seconds=healed.seconds,
             losses=healed.losses,
         )
-        shutil.rmtree(trainer, ignore_errors=True)
     entry["sample"] = state.text(student)
     write_model(student, state.tokenizer, place)
     return entry
+
+
+def _trainer_of(place: Path) -> Path:
+    """Where the healing of the stage in `place` keeps the checkpoints it can resume from."""
+    return place.with_name(place.name + ".trainer")
 
 
 def _heal(state: _Run, student: PreTrainedModel, recipe: HealRecipe, what: str, trainer_dir: Path | None) -> HealResult:

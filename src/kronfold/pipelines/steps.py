@@ -45,7 +45,7 @@ class StepBook:
                     "Resume with the same ones, or delete that directory and start anew."
                 )
             return cls(path, fingerprint, old["steps"], old["seconds"])
-        if path.is_file() and not discard:
+        if work.is_dir() and any(work.iterdir()) and not discard:
             raise InputError(
                 f"An unfinished run lies in {work}. Continue it with --resume, or pass --overwrite to start anew."
             )

@@ -111,6 +111,9 @@ class Plan:
     @classmethod
     def _from_dict(cls, content: dict[str, Any]) -> Plan:
         stages = []
+        lost = sorted({row["stage"] for row in content["rows"]} - set(content["heal"]))
+        if lost:
+            raise RecipeError(f"Rows of the plan name stages {lost}, which its 'heal' entry does not list.")
         for name, heal in content["heal"].items():
             rows = [
                 PlanRow(**{key: value for key, value in row.items() if key not in ("stage", "structure")})

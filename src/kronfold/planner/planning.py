@@ -20,14 +20,20 @@ from kronfold.planner.plan import Plan, PlanRow, PlanStage
 from kronfold.planner.recipe import CompressRecipe, Recipe, load_recipe
 
 
-def skeleton_of(model_or_config: PreTrainedModel | PretrainedConfig) -> PreTrainedModel:
-    """The same architecture without weights (meta device), structured modules included. The argument is unchanged."""
+def skeleton_of(
+    model_or_config: PreTrainedModel | PretrainedConfig, specs: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
+    """The same architecture without weights (meta device), structured modules included. The argument is unchanged.
+
+    `specs`: the structured modules to put in; None takes those that the model or the config of a checkpoint has.
+    """
     is_config = isinstance(model_or_config, PretrainedConfig)
     config = model_or_config if is_config else model_or_config.config
-    plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
-    specs = {} if is_config else read_specs(model_or_config)
-    if specs:
-        plain.tie_word_embeddings = config.tie_word_embeddings
+    content = config.to_dict()
+    stored = content.pop("quantization_config", None) or {}
+    if specs is None:
+        specs = stored.get("specs", {}) if is_config else read_specs(model_or_config)
+    plain = type(config).from_dict(content)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(plain)
     build_skeleton(skeleton, specs)
@@ -57,7 +63,7 @@ def plan(model_or_config: PreTrainedModel | PretrainedConfig, recipe: str | Reci
         stages.append(PlanStage(name=stage.name, rows=rows, heal=stage.heal))
         if not faults:
             specs = specs_after(sites(skeleton), rows, specs, family_of(skeleton.config).head if ties else None)
-            skeleton = _rebuilt(model_or_config, specs)
+            skeleton = skeleton_of(model_or_config, specs)
     if faults:
         raise RecipeError(
             f"Recipe {recipe.name!r} does not fit this model, which is unchanged:\n  " + "\n  ".join(faults)
@@ -100,15 +106,8 @@ def check_plan(made: Plan, model_or_config: PreTrainedModel | PretrainedConfig) 
         views = sites(skeleton)
         check_rows(views, stage.rows)
         specs = specs_after(views, stage.rows, specs, head)
-        skeleton = _rebuilt(model_or_config, specs)
+        skeleton = skeleton_of(model_or_config, specs)
     return cost(skeleton)
-
-
-def _rebuilt(model_or_config: PreTrainedModel | PretrainedConfig, specs: Mapping[str, Any]) -> PreTrainedModel:
-    config = model_or_config if isinstance(model_or_config, PretrainedConfig) else model_or_config.config
-    skeleton = skeleton_of(config)
-    build_skeleton(skeleton, specs)
-    return skeleton
 
 
 def _rows_of_stage(
@@ -185,8 +184,11 @@ def specs_after(
             level = {"block": kron.b[1], "rank": kron.rank, "permute": kron.searches_in}
             levels = [*specs.get(view.module_name, {}).get("levels", []), level]
             specs[view.module_name] = {"structure": "factorized_embedding", "levels": levels}
-            if tied_head and row.spec["head"] == "tied":
+            may_tie = view.module_name not in before or tied_head in before
+            if tied_head and row.spec["head"] == "tied" and may_tie:
                 specs[tied_head] = {"structure": "tied_head"}
+            elif tied_head:
+                specs.pop(tied_head, None)
         elif view.part is None:
             specs[view.module_name] = module_spec
         else:
