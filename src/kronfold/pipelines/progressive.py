@@ -104,7 +104,7 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     report: Report = lambda what, done, total: None,
-    finish: Callable[[dict[str, Any], Path], None] = lambda document, place: None,
+    finish: Callable[[dict[str, Any], Path], object] = lambda document, place: None,
 ) -> dict[str, Any]:
     """Compress and heal in the stages of a recipe, measure the controls, save everything.
 
