@@ -224,3 +224,13 @@ def test_numbers_as_text(function, arguments, expected):
 )
 def test_short_names_drop_only_what_all_share(names, expected):
     assert list(short_names(names).values()) == expected
+
+
+def test_the_run_summary_shows_what_each_model_writes():
+    document = run_document()
+    text = " ".join(" ".join(_text(run_summary(document))).split())
+    for sample in document["samples"]:
+        assert sample["who"] in text
+        assert sample["text"].split()[0] in text
+    document.pop("samples")
+    assert "Text samples" not in " ".join(_text(run_summary(document)))

@@ -27,7 +27,7 @@ def _table(title: str, columns: Sequence[str], numeric_from: int) -> Table:
 
 
 def run_summary(results: Document) -> RenderableType:
-    """Sizes, perplexity with its controls, stages and matrices of a run document, for `rich.print`.
+    """Sizes, perplexity with its controls, stages, matrices and text samples of a run document, for `rich.print`.
 
     Raises:
         InputError: the document is not a run result of a version this kronfold reads.
@@ -41,7 +41,17 @@ def run_summary(results: Document) -> RenderableType:
         parts.append(_stages(results))
     if matrices(results):
         parts.append(_matrices(results))
+    if results.get("samples"):
+        parts.append(_samples(results))
     return Group(*parts)
+
+
+def _samples(results: Document) -> Table:
+    """What each model writes after the same prompt, on as few lines as it takes."""
+    table = _table("Text samples", ["Model", "Text"], 2)
+    for sample in results["samples"]:
+        table.add_row(Text(str(sample["who"])), Text(" ".join(str(sample["text"]).split())))
+    return table
 
 
 def _sizes(results: Document) -> Table:
