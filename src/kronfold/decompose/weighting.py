@@ -1,0 +1,94 @@
+"""What an error in a weight costs: the quadratic form every data-aware solver minimises.
+
+For a linear layer y = W x the expected squared error of the outputs is `tr((W − Ŵ) H (W − Ŵ)ᵀ)` with the second moment
+H = E[x xᵀ]. With the second moment G = E[g gᵀ] of the loss gradient at the outputs it becomes
+`tr(G (W − Ŵ) H (W − Ŵ)ᵀ)`: twice the second-order increase of the loss where G and H are independent (K-FAC; Martens and
+Grosse 2015, arXiv 1503.05671, equation 23).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kronfold.base.errors import InputError, ShapeError
+
+DAMPING = 1e-4  # of the mean of the diagonal; keeps directions the calibration text never showed from being free
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """Attributes:
+    inputs: H (in_features, in_features), positive semidefinite; None stands for the identity.
+    outputs: G (out_features, out_features), positive semidefinite; None stands for the identity.
+    damping: what is added to the diagonal of either, as a share of its mean.
+    """
+
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+    damping: float = DAMPING
+
+    def checked(self, shape: tuple[int, int]) -> Weighting:
+        """The same in float64 on the CPU, symmetric and damped, once it is known to fit a weight of `shape` (out, in).
+
+        Raises ShapeError: another size. InputError: NaN, infinities, a negative diagonal, or only zeros.
+        """
+        return replace(
+            self,
+            inputs=_damped(self.inputs, shape[1], "input", self.damping),
+            outputs=_damped(self.outputs, shape[0], "output", self.damping),
+            damping=0.0,
+        )
+
+    def squared_error(self, residual: Tensor) -> float:
+        """`tr(G D H Dᵀ)` of a residual D (out_features, in_features), float64."""
+        right = residual if self.inputs is None else residual @ self.inputs
+        left = residual if self.outputs is None else self.outputs @ residual
+        return max(0.0, float((left * right).sum()))
+
+    def relative_error(self, weight: Tensor, approximation: Tensor) -> float:
+        """`sqrt(tr(G D H Dᵀ) / tr(G W H Wᵀ))` with D = W − Ŵ, unitless. 0 where the weight itself costs nothing."""
+        total = self.squared_error(weight)
+        return (self.squared_error(weight - approximation) / total) ** 0.5 if total else 0.0
+
+
+def _damped(moment: Tensor | None, size: int, side: str, damping: float) -> Tensor | None:
+    if moment is None:
+        return None
+    if tuple(moment.shape) != (size, size):
+        raise ShapeError(
+            f"The {side} second moment is {tuple(moment.shape)}, but this weight has {size} {side} features. "
+            "Were the statistics taken on another model or another site?"
+        )
+    moment = moment.detach().to("cpu", torch.float64)
+    diagonal = moment.diagonal()
+    if not torch.isfinite(moment).all() or bool((diagonal < 0).any()):
+        raise InputError(
+            f"The {side} second moment ({size}, {size}) holds NaN, infinite or negative entries on its diagonal. "
+            "Calibrate again in float32; a model that overflows on the calibration text cannot be fitted to it."
+        )
+    mean = float(diagonal.mean())
+    if mean == 0.0:
+        raise InputError(
+            f"The {side} second moment ({size}, {size}) is all zeros: the calibration text never used this weight. "
+            "Leave the site out, or calibrate on other text."
+        )
+    return (moment + moment.T) / 2 + damping * mean * torch.eye(size, dtype=torch.float64)
+
+
+def root(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """R and R⁻¹ with R Rᵀ = moment (n, n), float64. By Cholesky; by eigenvectors where that fails (rank deficient).
+
+    The inverse is then the pseudo-inverse on the directions above 1e-12 of the largest.
+    """
+    factor, failed = torch.linalg.cholesky_ex(moment)
+    if not int(failed):
+        identity = torch.eye(moment.shape[0], dtype=moment.dtype)
+        return factor, torch.linalg.solve_triangular(factor, identity, upper=False)
+    values, vectors = torch.linalg.eigh(moment)
+    alive = values > 1e-12 * values[-1]
+    sizes = torch.where(alive, values.clamp_min(0).sqrt(), 0.0)
+    inverse = torch.where(alive, 1 / sizes.clamp_min(1e-300), 0.0)
+    return vectors * sizes, (vectors * inverse).T
