@@ -102,7 +102,7 @@ GOOD = {"structure": "kronecker", "a": [64, 16], "b": [2, 2], "rank": 1, "permut
         ({"transformer.wte": GOOD}, "needs a linear layer, found Embedding"),
         ({"transformer.h.1.mlp.c_fc": {"structure": "factorized_embedding", "levels": []}}, "needs an embedding"),
         ({"transformer.h.1.attn.c_attn": {"structure": "fused", "parts": {"q": GOOD}}}, r"parts \['q'\] do not match"),
-        ({"lm_head": {"structure": "tied_head"}}, "needs a factorized_embedding"),
+        ({"lm_head": {"structure": "tied_head"}}, "needs a structured embedding"),
     ],
 )
 def test_specs_that_do_not_fit_are_refused_and_change_nothing(specs, message):

@@ -5,6 +5,7 @@ Canonical orientation everywhere: a weight is (out_features, in_features), as in
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -126,3 +127,132 @@ class KroneckerSpec:
     def label(self) -> str:
         """Short text for tables, e.g. `4 x (192, 384)⊗(4, 2)`."""
         return f"{self.rank} x {self.a}⊗{self.b}"
+
+
+@dataclass(frozen=True)
+class LowRankSpec:
+    """A matrix (out_features, in_features) of rank `rank`, held by `rank` of its own rows and the way to the others.
+
+    Two factors (out, rank) and (rank, in) hold rank² numbers too many: any invertible matrix may be put between them.
+    Taking rank rows of the matrix itself as second factor uses that up, so the count is rank·(out + in - rank),
+    never above the dense one (pivoting factorisation, arXiv 2501.19090).
+
+    Raises:
+        ShapeError: a size below 1, or a rank above the smaller side.
+    """
+
+    out_features: int
+    in_features: int
+    rank: int
+
+    def __post_init__(self) -> None:
+        if min(self.out_features, self.in_features, self.rank) < 1:
+            raise ShapeError(f"Low-rank spec {self.shape} rank {self.rank}: every size must be at least 1.")
+        if self.rank > min(self.shape):
+            raise ShapeError(
+                f"Rank {self.rank} is above the smaller side of a weight {self.shape}; use {min(self.shape)} or less."
+            )
+
+    @classmethod
+    def for_ratio(cls, shape: Pair, ratio: float) -> LowRankSpec:
+        """The spec of highest rank that holds at most `ratio` of the dense numbers (at least rank 1)."""
+        if not 0 < ratio <= 1:
+            raise ShapeError(f"ratio {ratio} must lie in (0, 1]: the share of a weight's numbers that is kept.")
+        total = shape[0] + shape[1]
+        budget = ratio * shape[0] * shape[1]
+        rank = int((total - math.sqrt(total * total - 4 * budget)) / 2 + 1e-9)  # the smaller root of r(m + n - r) = budget
+        return cls(shape[0], shape[1], max(1, min(rank, *shape)))
+
+    @property
+    def shape(self) -> Pair:
+        return (self.out_features, self.in_features)
+
+    @property
+    def held_parameters(self) -> int:
+        return self.rank * (self.out_features + self.in_features - self.rank)
+
+    @property
+    def index_count(self) -> int:
+        """Stored integers (int32 each): where each output comes from."""
+        return self.out_features
+
+    @property
+    def macs_per_token(self) -> int:
+        return self.held_parameters
+
+    def check_weight(self, shape: Pair) -> None:
+        """Raises ShapeError unless a weight of `shape` (out, in) is what this spec describes."""
+        if tuple(shape) != self.shape:
+            raise ShapeError(
+                f"Low-rank spec describes a weight {self.shape}, but the weight is {tuple(shape)} "
+                "(out_features, in_features)."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def label(self) -> str:
+        """Short text for tables, e.g. `rank 120 of 576`."""
+        return f"rank {self.rank} of {min(self.shape)}"
+
+
+@dataclass(frozen=True)
+class GroupedEmbeddingSpec:
+    """An embedding (V, embedding_dim) in groups of tokens, each of its own rank (pivoted, as `LowRankSpec`).
+
+    Args:
+        sizes: tokens of each group, most frequent first; they sum to V. ranks: one per group.
+
+    Raises:
+        ShapeError: unequal numbers of sizes and ranks, a size below 1, a rank beyond the width or the group.
+    """
+
+    sizes: tuple[int, ...]
+    ranks: tuple[int, ...]
+    embedding_dim: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", tuple(int(n) for n in self.sizes))
+        object.__setattr__(self, "ranks", tuple(int(n) for n in self.ranks))
+        if len(self.sizes) != len(self.ranks) or not self.sizes or min(*self.sizes, *self.ranks) < 1:
+            raise ShapeError(
+                f"Grouped embedding: sizes {list(self.sizes)} and ranks {list(self.ranks)} must be equally many and "
+                "at least 1."
+            )
+        limits = [min(size, self.embedding_dim) for size in self.sizes]
+        if any(rank > limit for rank, limit in zip(self.ranks, limits, strict=True)):
+            raise ShapeError(
+                f"Grouped embedding: ranks {list(self.ranks)} must not exceed {limits} "
+                f"(the smaller of group size and width {self.embedding_dim})."
+            )
+
+    @property
+    def shape(self) -> Pair:
+        return (sum(self.sizes), self.embedding_dim)
+
+    @property
+    def held_parameters(self) -> int:
+        pairs = zip(self.sizes, self.ranks, strict=True)
+        return sum(LowRankSpec(size, self.embedding_dim, rank).held_parameters for size, rank in pairs)
+
+    @property
+    def index_count(self) -> int:
+        """Stored integers (int32 each): the place of each token, and of each column in groups below full rank."""
+        below = sum(rank < self.embedding_dim for rank in self.ranks)
+        return sum(self.sizes) + below * self.embedding_dim
+
+    def check_weight(self, shape: Pair) -> None:
+        """Raises ShapeError unless an embedding of `shape` (V, width) is what this spec describes."""
+        if tuple(shape) != self.shape:
+            raise ShapeError(
+                f"Grouped embedding describes a weight {self.shape} (tokens, width), but the weight is {tuple(shape)}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"sizes": list(self.sizes), "ranks": list(self.ranks), "embedding_dim": self.embedding_dim}
+
+    def label(self) -> str:
+        """Short text for tables: rank of the most and of the least frequent tokens."""
+        if len(self.ranks) == 1:
+            return f"rank {self.ranks[0]} of {self.embedding_dim}"
+        return f"{len(self.ranks)} groups, rank {self.ranks[0]} to {self.ranks[-1]} of {self.embedding_dim}"

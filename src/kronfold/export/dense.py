@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import LinearView, sites
-from kronfold.models.surgery import read_specs, replace_modules
-from kronfold.nn import FactorizedEmbedding, TiedHead
+from kronfold.models.surgery import STRUCTURED_EMBEDDING, read_specs, replace_modules
+from kronfold.nn import TiedHead
 
 
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
@@ -46,7 +46,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 def _materialise(target: nn.Module, source: nn.Module, views: list[LinearView]) -> nn.Module:
     """Give the empty stock module `target` the dense weight (and bias) that `source` stands for."""
     with torch.no_grad():
-        if isinstance(source, FactorizedEmbedding):
+        if isinstance(source, STRUCTURED_EMBEDDING):
             weight, bias = source.dense_weight(), None
         else:
             weight = torch.cat([view.weight() for view in views])

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kronfold.nn import FactorizedEmbedding, KroneckerLinear, TiedHead
+from kronfold.nn import FactorizedEmbedding, GroupedEmbedding, StructuredLinear, TiedHead
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,6 @@ def held_parameters(model: PreTrainedModel) -> int:
 def _macs(module: nn.Module) -> float:
     if isinstance(module, nn.Linear | Conv1D):
         return module.weight.numel()
-    if isinstance(module, KroneckerLinear | FactorizedEmbedding | TiedHead):
+    if isinstance(module, StructuredLinear | FactorizedEmbedding | GroupedEmbedding | TiedHead):
         return module.macs_per_token()
     return 0.0

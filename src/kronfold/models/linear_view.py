@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kronfold.models.families import Family, family_of
-from kronfold.nn import FactorizedEmbedding, FusedLinear, KroneckerLinear
+from kronfold.nn import FactorizedEmbedding, FusedLinear, GroupedEmbedding, StructuredLinear
 
 DENSE_LINEAR = (nn.Linear, Conv1D)
 
@@ -47,6 +47,8 @@ class LinearView:
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features); for an embedding (vocabulary, stored width)."""
+        if isinstance(self.module, GroupedEmbedding):
+            return (self.module.num_embeddings, self.module.embedding_dim)
         if isinstance(self.module, nn.Embedding | FactorizedEmbedding):
             return (self.module.weight.shape[0], self.module.weight.shape[1])
         return (self.rows[1] - self.rows[0], in_features(self.module))
@@ -68,7 +70,7 @@ class LinearView:
         with torch.no_grad():
             if isinstance(layer, Conv1D):
                 return layer.weight.detach()[:, self.rows[0] : self.rows[1]].T
-            if isinstance(layer, KroneckerLinear):
+            if isinstance(layer, StructuredLinear | GroupedEmbedding):
                 return layer.dense_weight()
             weight: Tensor = layer.get_parameter("weight").detach()
             whole = layer is not self.module or self.kind == "embedding"
@@ -81,6 +83,11 @@ class LinearView:
         if bias is None:
             return None
         return bias.detach() if layer is not self.module else bias.detach()[self.rows[0] : self.rows[1]]
+
+
+def vocabulary_of(embedding: nn.Module) -> int:
+    """Vocabulary size of an embedding, dense or structured."""
+    return embedding.num_embeddings  # type: ignore[return-value]
 
 
 def in_features(module: nn.Module) -> int:
@@ -118,8 +125,8 @@ def _walk(model: PreTrainedModel, family: Family) -> Iterator[LinearView]:
         block = family.block_index(name)
         if name == family.embedding:
             inside = (*inside, name + ".")
-            yield LinearView(name, "embedding", module, name, None, (0, module.weight.shape[0]), block)
-        elif isinstance(module, (*DENSE_LINEAR, FusedLinear, KroneckerLinear)):
+            yield LinearView(name, "embedding", module, name, None, (0, vocabulary_of(module)), block)
+        elif isinstance(module, (*DENSE_LINEAR, FusedLinear, StructuredLinear)):
             inside = (*inside, name + ".")
             parts = family.parts_of(name)
             width = out_features(module)

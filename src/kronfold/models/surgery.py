@@ -18,9 +18,10 @@ from kronfold.base.errors import CheckpointError, KronfoldError, suggest
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import DENSE_LINEAR, in_features, out_features
 from kronfold.models.structures import STRUCTURES
-from kronfold.nn import FactorizedEmbedding, FusedLinear, TiedHead
+from kronfold.nn import FactorizedEmbedding, FusedLinear, GroupedEmbedding, TiedHead
 
 Specs = Mapping[str, Mapping[str, Any]]
+STRUCTURED_EMBEDDING = (FactorizedEmbedding, GroupedEmbedding)
 
 
 def replace_modules(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> None:
@@ -35,8 +36,8 @@ def replace_modules(model: PreTrainedModel, modules: Mapping[str, nn.Module]) ->
 
 
 def _mend_ties(model: PreTrainedModel) -> None:
-    """A factorised embedding either feeds a TiedHead or has parted from its head; say so in the model's own terms."""
-    if not isinstance(model.get_input_embeddings(), FactorizedEmbedding):
+    """A structured embedding either feeds a TiedHead or has parted from its head; say so in the model's own terms."""
+    if not isinstance(model.get_input_embeddings(), STRUCTURED_EMBEDDING):
         return
     head = model.get_output_embeddings()
     if head is not None:
@@ -98,14 +99,18 @@ def _build(
     if structure == "tied_head":
         embedding_name = family_of(model.config).embedding
         embedding = (built or {}).get(embedding_name, model.get_submodule(embedding_name))
-        if built is not None and not isinstance(embedding, FactorizedEmbedding):
-            raise CheckpointError(f"a tied_head needs a factorized_embedding at {embedding_name}")
+        if built is not None and not isinstance(embedding, STRUCTURED_EMBEDDING):
+            raise CheckpointError(f"a tied_head needs a structured embedding at {embedding_name}")
         return TiedHead(embedding)
     weight = next(source.parameters())
     where = {"device": weight.device, "dtype": weight.dtype}
-    if structure == "factorized_embedding":
+    if structure in ("factorized_embedding", "grouped_embedding"):
         if not isinstance(source, nn.Embedding):
-            raise CheckpointError(f"factorized_embedding needs an embedding, found {type(source).__name__}")
+            raise CheckpointError(f"{structure} needs an embedding, found {type(source).__name__}")
+        if structure == "grouped_embedding":
+            typed = STRUCTURES.get(structure).read_spec(spec)
+            typed.check_weight((source.num_embeddings, source.embedding_dim))
+            return GroupedEmbedding(typed.sizes, typed.ranks, typed.embedding_dim, **where)
         return FactorizedEmbedding(source.num_embeddings, source.embedding_dim, spec["levels"], **where)
     if not isinstance(source, DENSE_LINEAR):
         raise CheckpointError(f"{structure} needs a linear layer, found {type(source).__name__}")

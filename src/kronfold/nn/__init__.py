@@ -2,6 +2,17 @@
 
 from kronfold.nn.embedding import FactorizedEmbedding, TiedHead
 from kronfold.nn.fused import FusedLinear
+from kronfold.nn.grouped_embedding import GroupedEmbedding
 from kronfold.nn.kronecker_linear import KroneckerLinear
+from kronfold.nn.low_rank import LowRankLinear
+from kronfold.nn.structured import StructuredLinear
 
-__all__ = ["FactorizedEmbedding", "FusedLinear", "KroneckerLinear", "TiedHead"]
+__all__ = [
+    "FactorizedEmbedding",
+    "FusedLinear",
+    "GroupedEmbedding",
+    "KroneckerLinear",
+    "LowRankLinear",
+    "StructuredLinear",
+    "TiedHead",
+]

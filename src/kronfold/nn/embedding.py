@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kronfold.base.errors import ShapeError
+from kronfold.nn.grouped_embedding import GroupedEmbedding
 from kronfold.ops.permutation import drop_identity
 
 
@@ -120,6 +121,10 @@ class FactorizedEmbedding(nn.Module):
         """Multiply-accumulates to expand one looked-up row."""
         return self.weight.shape[1] * self.embedding_dim
 
+    def head_macs(self) -> float:
+        """Multiply-accumulates of the logits of one token."""
+        return self.weight.shape[1] * (self.embedding_dim + self.num_embeddings)
+
     def add_level(self, b: Tensor, perm: Tensor | None, weight: Tensor) -> FactorizedEmbedding:
         """A new module with one more (innermost) level: `self.weight[:, perm] ≈ Σ_k weight_k ⊗ b[k]`.
 
@@ -159,18 +164,18 @@ class FactorizedEmbedding(nn.Module):
 
 
 class TiedHead(nn.Module):
-    """The LM head that reads a `FactorizedEmbedding`: logits = hidden · Eᵀ. It holds nothing itself.
+    """The LM head that reads a structured embedding: logits = hidden · Eᵀ. It holds nothing itself.
 
     The embedding is kept outside the module tree, so it appears once in memory, in the state dict and in the optimiser;
     `copy.deepcopy` of the whole model keeps the tie.
     """
 
-    def __init__(self, embedding: FactorizedEmbedding) -> None:
+    def __init__(self, embedding: FactorizedEmbedding | GroupedEmbedding) -> None:
         super().__init__()
         self._source = (embedding,)  # a tuple is no submodule
 
     @property
-    def embedding(self) -> FactorizedEmbedding:
+    def embedding(self) -> FactorizedEmbedding | GroupedEmbedding:
         return self._source[0]
 
     @property
@@ -190,11 +195,10 @@ class TiedHead(nn.Module):
         return self.embedding.project(hidden)
 
     def macs_per_token(self) -> float:
-        stored = self.embedding.weight.shape[1]
-        return stored * (self.in_features + self.out_features)
+        return self.embedding.head_macs()
 
     def to_spec(self) -> dict[str, Any]:
         return {"structure": "tied_head"}
 
     def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.out_features}, reads the embedding's {tuple(self.embedding.weight.shape)}"
+        return f"{self.in_features} -> {self.out_features}, reads the embedding"

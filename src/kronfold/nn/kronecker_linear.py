@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from kronfold.base.specs import KroneckerSpec, Pair
+from kronfold.nn.structured import StructuredLinear
 from kronfold.ops import kronecker
 from kronfold.ops.permutation import drop_identity
 
 
-class KroneckerLinear(nn.Module):
+class KroneckerLinear(StructuredLinear):
     """`y = P_outᵀ (Σ_k A_k ⊗ B_k) P_in x + bias`, never forming the dense weight unless that is the cheapest way.
 
     Args:
@@ -31,7 +32,6 @@ class KroneckerLinear(nn.Module):
 
     a: nn.Parameter
     b: nn.Parameter
-    bias: nn.Parameter | None
     gather_in: Tensor | None
     gather_out: Tensor | None
 
@@ -52,7 +52,7 @@ class KroneckerLinear(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.a = nn.Parameter(torch.empty(rank, *self.spec.a, **factory))
         self.b = nn.Parameter(torch.empty(rank, *self.spec.b, **factory))
-        self.register_parameter("bias", nn.Parameter(torch.empty(self.out_features, **factory)) if bias else None)
+        self.add_bias(bias, device, dtype)
         self.register_buffer("gather_in", self._identity(self.in_features, device) if permute_in else None)
         self.register_buffer("gather_out", self._identity(self.out_features, device) if permute_out else None)
         self.reset_parameters()
@@ -62,12 +62,10 @@ class KroneckerLinear(nn.Module):
         return torch.arange(size, dtype=torch.int32, device=device)
 
     def reset_parameters(self) -> None:
-        """Random factors whose dense weight has the spread of a fresh `nn.Linear`; zero bias."""
+        """Random factors whose dense weight has the spread of a fresh `nn.Linear`."""
         scale = (1.0 / (math.sqrt(3 * self.in_features * self.spec.rank))) ** 0.5
         nn.init.normal_(self.a, std=scale)
         nn.init.normal_(self.b, std=scale)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
     @classmethod
     def from_factors(
@@ -95,13 +93,23 @@ class KroneckerLinear(nn.Module):
         with torch.no_grad():
             layer.a.copy_(a)
             layer.b.copy_(b)
-            if layer.bias is not None and bias is not None:
-                layer.bias.copy_(bias)
             if layer.gather_in is not None and perm_in is not None:
                 layer.gather_in.copy_(perm_in)
             if layer.gather_out is not None and perm_out is not None:
                 layer.gather_out.copy_(torch.argsort(perm_out))
+        layer.set_bias(bias)
         return layer
+
+    @classmethod
+    def from_fit(
+        cls,
+        fit: Any,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> KroneckerLinear:
+        """`fit`: a `kronfold.decompose.fit.Fit`."""
+        return cls.from_factors(fit.a, fit.b, fit.perm_in, fit.perm_out, bias, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features); returns (..., out_features)."""

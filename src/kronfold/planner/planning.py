@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from kronfold.base.errors import KronfoldError, RecipeError, suggest
-from kronfold.base.specs import KroneckerSpec
 from kronfold.models.cost import Cost, cost
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import LinearView, sites
@@ -92,7 +91,7 @@ def check_rows(views: Mapping[str, LinearView], rows: Iterable[PlanRow]) -> None
         raise RecipeError("The plan does not fit this model, which is unchanged:\n  " + "\n  ".join(faults))
 
 
-def spec_of(row: PlanRow) -> KroneckerSpec:
+def spec_of(row: PlanRow) -> Any:
     """The typed spec of a row."""
     return STRUCTURES.get(row.spec["structure"]).read_spec({k: v for k, v in row.spec.items() if k != "head"})
 
@@ -135,24 +134,20 @@ def _rows_of_stage(
 
 def _row(view: LinearView, entry: CompressRecipe) -> PlanRow:
     structure = STRUCTURES.get(entry.structure)
-    if structure.fit is None:
+    if structure.fit is None or structure.ask is None:
         allowed = [name for name in STRUCTURES if STRUCTURES.get(name).fit]
         raise RecipeError(f"structure {entry.structure!r} cannot be asked for. {suggest(entry.structure, allowed)}")
-    spec = KroneckerSpec.for_weight(
-        view.shape,
-        entry.block,
-        entry.rank,
-        permute_in=entry.permute in ("in", "both"),
-        permute_out=entry.permute in ("out", "both"),
-    )
+    if entry.structure == "low_rank" and view.kind == "embedding":
+        return _row(view, entry.model_copy(update={"structure": "grouped_embedding"}))
+    spec = structure.ask(view.shape, entry.model_dump())
     spec_dict: dict[str, Any] = {"structure": entry.structure, **spec.to_dict()}
     if view.kind == "embedding":
-        if entry.block[0] != 1:
-            raise RecipeError(
-                f"an embedding keeps one row per token: block {list(entry.block)} must be [1, n], "
-                f"e.g. [1, {entry.block[1]}]"
-            )
-        spec_dict["permute_out"] = False
+        if entry.structure == "kronecker":
+            if spec.b[0] != 1:
+                raise RecipeError(
+                    f"an embedding keeps one row per token: block {list(spec.b)} must be [1, n], e.g. [1, {spec.b[1]}]"
+                )
+            spec_dict["permute_out"] = False
         spec_dict["head"] = entry.head
     return PlanRow(
         name=view.name,
@@ -174,16 +169,17 @@ def specs_after(
     specs = {name: dict(spec) for name, spec in before.items()}
     for row in rows:
         view = views[row.name]
-        kron = spec_of(row)
-        module_spec = {
-            **row.spec,
-            "permute_in": kron.searches_in,
-            "permute_out": kron.searches_out,
-        }
+        spec = spec_of(row)
+        module_spec = {key: value for key, value in row.spec.items() if key != "head"}
+        if row.spec["structure"] == "kronecker":
+            module_spec |= {"permute_in": spec.searches_in, "permute_out": spec.searches_out}
         if view.kind == "embedding":
-            level = {"block": kron.b[1], "rank": kron.rank, "permute": kron.searches_in}
-            levels = [*specs.get(view.module_name, {}).get("levels", []), level]
-            specs[view.module_name] = {"structure": "factorized_embedding", "levels": levels}
+            if row.spec["structure"] == "kronecker":
+                level = {"block": spec.b[1], "rank": spec.rank, "permute": spec.searches_in}
+                levels = [*specs.get(view.module_name, {}).get("levels", []), level]
+                specs[view.module_name] = {"structure": "factorized_embedding", "levels": levels}
+            else:
+                specs[view.module_name] = module_spec
             may_tie = view.module_name not in before or tied_head in before
             if tied_head and row.spec["head"] == "tied" and may_tie:
                 specs[tied_head] = {"structure": "tied_head"}

@@ -47,16 +47,19 @@ class CompressRecipe(_Strict):
     Attributes:
         modules: name patterns (shell wildcards as in `*.mlp.c_fc`, or `re:` and a regular expression).
         blocks: all, odd, even (0-based index), or a list of indices. Only sites inside blocks are concerned.
-        block: (out_b, in_b), canonical orientation; the A factor follows from the weight's shape.
-        rank: number of Kronecker terms. permute: which sides the permutation search may reorder.
+        structure: name of a structure; the next four are for those that use them.
+        block: Kronecker: (out_b, in_b), canonical orientation; the A factor follows from the weight's shape.
+        rank: Kronecker: number of terms (default 1); low rank: the rank. ratio: low rank: share of numbers kept.
+        permute: Kronecker: which sides the permutation search may reorder.
         head: embeddings only: tied (the LM head reads the factors) or untied (it keeps a dense copy, as published).
     """
 
     modules: Annotated[list[str], Field(min_length=1)]
     blocks: Literal["all", "odd", "even"] | list[int] = "all"
     structure: str = "kronecker"
-    block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
-    rank: int = Field(1, ge=1)
+    block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    rank: int | None = Field(None, ge=1)
+    ratio: float | None = Field(None, gt=0, le=1)
     permute: Literal["both", "in", "out", "none"] = "both"
     head: Literal["tied", "untied"] = "tied"
 

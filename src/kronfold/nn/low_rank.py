@@ -1,0 +1,97 @@
+"""A linear layer of low rank, held by some of its own rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kronfold.base.specs import LowRankSpec
+from kronfold.nn.structured import StructuredLinear
+
+
+class LowRankLinear(StructuredLinear):
+    """`y = gather([z, C z]) + bias` with `z = P x`: P holds `rank` rows of the weight, C makes the others from them.
+
+    Args:
+        in_features, out_features, rank: sizes; rank at most the smaller of the two. bias: hold a bias.
+
+    Parameters: `pivots` P (rank, in), `mix` C (out - rank, rank), `bias` (out,) or None. Buffer (int32): `gather_out`
+    (out,), where in [z, C z] each output stands.
+
+    Raises:
+        ShapeError: impossible sizes.
+
+    Source: pivoting factorisation, arXiv 2501.19090: rank·(out + in - rank) numbers and multiply-accumulates.
+    """
+
+    gather_out: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = LowRankSpec(out_features, in_features, rank)
+        self.in_features, self.out_features = in_features, out_features
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.pivots = nn.Parameter(torch.empty(rank, in_features, **factory))
+        self.mix = nn.Parameter(torch.empty(out_features - rank, rank, **factory))
+        self.add_bias(bias, device, dtype)
+        self.register_buffer("gather_out", torch.arange(out_features, dtype=torch.int32, device=device))
+        nn.init.normal_(self.pivots, std=1 / math.sqrt(3 * in_features))  # rows as a fresh nn.Linear has them
+        nn.init.normal_(self.mix, std=1 / math.sqrt(rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in_features); returns (..., out_features)."""
+        z = F.linear(x, self.pivots)
+        y = torch.index_select(torch.cat([z, F.linear(z, self.mix)], dim=-1), -1, self.gather_out)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dense_weight(self) -> Tensor:
+        return torch.cat([self.pivots, self.mix @ self.pivots])[self.gather_out.long()]
+
+    def macs_per_token(self) -> float:
+        return self.spec.macs_per_token
+
+    def to_spec(self) -> dict[str, Any]:
+        return {"structure": "low_rank", **self.spec.to_dict()}
+
+    @classmethod
+    def from_spec(
+        cls,
+        spec: dict[str, Any],
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> LowRankLinear:
+        return cls(spec["in_features"], spec["out_features"], spec["rank"], bias, device=device, dtype=dtype)
+
+    @classmethod
+    def from_fit(
+        cls,
+        fit: Any,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> LowRankLinear:
+        """`fit`: a `kronfold.decompose.low_rank.LowRankFit`."""
+        s = fit.spec
+        layer = cls(s.in_features, s.out_features, s.rank, bias is not None, device=device, dtype=dtype)
+        with torch.no_grad():
+            layer.pivots.copy_(fit.pivots)
+            layer.mix.copy_(fit.mix)
+            layer.gather_out.copy_(fit.gather_out)
+        layer.set_bias(bias)
+        return layer
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.spec.label()}, bias={self.bias is not None}"

@@ -1,0 +1,100 @@
+"""Fit one row of a plan to its weight, and put what was found into the place of the old module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kronfold.base.errors import InputError, RecipeError
+from kronfold.decompose.nearest import nearest_kronecker
+from kronfold.decompose.weighting import Weighting
+from kronfold.models.families import family_of
+from kronfold.models.linear_view import LinearView
+from kronfold.models.structures import STRUCTURES
+from kronfold.models.surgery import STRUCTURED_EMBEDDING, dense_part
+from kronfold.nn import FactorizedEmbedding, FusedLinear, GroupedEmbedding, TiedHead
+from kronfold.planner import planning
+from kronfold.planner.plan import PlanRow
+
+
+def fit_row(weight: Tensor, row: PlanRow, seed: int, weighting: Weighting | None = None) -> tuple[Any, float]:
+    """The solver's result for a weight (out, in), and the relative error of the same shape without permutations.
+
+    Raises RecipeError, ShapeError, InputError, each with the row's name.
+    """
+    structure = STRUCTURES.get(row.spec["structure"])
+    if structure.fit is None:
+        raise RecipeError(f"{row.name}: structure {row.spec['structure']!r} cannot be fitted to a weight.")
+    spec = planning.spec_of(row)
+    try:
+        fit = structure.fit(weight, spec, seed, weighting)
+    except InputError as error:
+        raise type(error)(f"{row.name}: {error}") from error
+    searched = weighting is None and row.spec["structure"] == "kronecker" and (spec.searches_in or spec.searches_out)
+    return fit, nearest_kronecker(weight, spec).relative_error if searched else fit.relative_error
+
+
+def place_linear(
+    modules: dict[str, nn.Module], view: LinearView, row: PlanRow, fit: Any, bias: Tensor | None = None
+) -> None:
+    """Add to `modules` the layer that replaces the view's module (for a part: the fused layer around it).
+
+    `bias`: (out_features,) in place of the present one.
+    """
+    cls = STRUCTURES.get(row.spec["structure"]).module
+    assert cls is not None
+    like = next(view.module.parameters())
+    layer = cls.from_fit(fit, view.bias() if bias is None else bias, like.dtype, like.device)
+    layer.train(view.module.training)
+    if view.part is None:
+        modules[view.module_name] = layer
+        return
+    fused = modules.get(view.module_name)
+    parts = fused.parts if isinstance(fused, FusedLinear) else _parts_of(view)
+    modules[view.module_name] = FusedLinear({**parts, view.part: layer})
+
+
+def _parts_of(view: LinearView) -> dict[str, nn.Module]:
+    """The parts a fused layer has now: its structured parts, or dense copies of its rows."""
+    if isinstance(view.module, FusedLinear):
+        return view.module.parts
+    width = view.rows[1] - view.rows[0]
+    return {name: dense_part(view.module, (i * width, (i + 1) * width)) for i, name in enumerate(view.part_names)}
+
+
+def place_embedding(
+    model: PreTrainedModel, modules: dict[str, nn.Module], view: LinearView, row: PlanRow, fit: Any
+) -> None:
+    """Add to `modules` the new embedding and, where it was tied, the head: reading the embedding, or with its own copy."""
+    is_first = not isinstance(view.module, STRUCTURED_EMBEDDING)
+    new = _embedding_with(view, row, fit)
+    modules[view.module_name] = new
+    head_name = family_of(model.config).head
+    head = model.get_submodule(head_name)
+    was_tied = isinstance(head, TiedHead) or (is_first and head.weight is view.module.weight)
+    if was_tied and row.spec["head"] == "tied":
+        modules[head_name] = TiedHead(new)
+    elif was_tied:
+        modules[head_name] = _own_head(head, view)
+
+
+def _embedding_with(view: LinearView, row: PlanRow, fit: Any) -> FactorizedEmbedding | GroupedEmbedding:
+    """A Kronecker fit is one more level inside the embedding; a grouped one takes its place."""
+    old = view.module
+    if row.spec["structure"] == "grouped_embedding":
+        like = next(old.parameters())
+        return GroupedEmbedding.from_fit(fit, like.dtype, like.device)
+    embedding = old if isinstance(old, FactorizedEmbedding) else FactorizedEmbedding.from_dense(view.weight())
+    return embedding.add_level(fit.b[:, 0, :], fit.perm_in, fit.a)
+
+
+def _own_head(head: nn.Module, view: LinearView) -> nn.Module:
+    """An LM head with its own copy of the dense embedding (the published model's untied head)."""
+    weight = view.module.dense_weight() if isinstance(view.module, FactorizedEmbedding) else view.weight()
+    own = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        own.weight.copy_(weight)
+    return own.train(head.training)
