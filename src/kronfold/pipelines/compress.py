@@ -154,9 +154,11 @@ def _place_embedding(
     assert isinstance(embedding, FactorizedEmbedding)
     new = embedding.add_level(fit.b[:, 0, :], fit.perm_in, fit.a)
     modules[view.module_name] = new
-    head_name = family_of(model.config).head
+    head_name = family_of(model).head
+    if head_name is None:
+        return
     head = model.get_submodule(head_name)
-    was_tied = isinstance(head, TiedHead) or (is_first and head.weight is old.weight)
+    was_tied = isinstance(head, TiedHead) or (is_first and getattr(head, "weight", None) is old.weight)
     if was_tied and row.spec["head"] == "tied":
         modules[head_name] = TiedHead(new)
     elif was_tied:
