@@ -30,9 +30,9 @@ class Family:
         blocks: dotted name of the list of transformer blocks.
         final_norm: dotted name of the norm before the head. positions: dotted name of a learned position embedding.
         attention_inputs: layers that read the attention's normed input, in the order q, k, v (or the fused layer);
-            attention_output: the layer that reads the heads' values. Names relative to a block, as all that follow.
+            attention_output: the one layer that reads the heads' values. Names relative to a block, as all that follow.
         mlp_inputs: layers that read the normed input of the feed-forward part; their outputs are its hidden units.
-        mlp_output: the layer that reads the hidden units.
+        mlp_output: the one layer that reads the hidden units.
         attention_norm, mlp_norm: the norms that feed `attention_inputs` and `mlp_inputs`.
         fused: suffix of a layer that holds several weights side by side along its outputs -> the parts' names, all of
             equal width.
