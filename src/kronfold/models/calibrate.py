@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from kronfold.base.errors import DataError, InputError
 from kronfold.base.files import write_json
-from kronfold.models.linear_view import LinearView, sites
+from kronfold.models.families import family_of
+from kronfold.models.linear_view import LinearView, is_tied, sites
 from kronfold.models.statistics import MomentFiles, Statistics
 
 Progress = Callable[[str, int, int], None]
@@ -67,11 +68,11 @@ def calibrate(
                 Path(directory).mkdir(parents=True, exist_ok=True)
                 save_file(found, Path(directory) / f"moments-{i:04d}.safetensors")
     about = {"model": fingerprint(model), "text": tokens_fingerprint(windows), "window": windows.shape[1], "seed": seed}
-    gradient_tokens = with_gradients * windows.shape[1]
+    counts = (windows.numel(), with_gradients * windows.shape[1], is_tied(model, family_of(model)))
     if directory is None or blocks_per_pass is None:
-        return Statistics(tensors, reads, windows.numel(), gradient_tokens, about)
+        return Statistics(tensors, reads, *counts, about)
     files = MomentFiles(sorted(Path(directory).glob("moments-*.safetensors")))
-    statistics = Statistics(files, reads, windows.numel(), gradient_tokens, about)
+    statistics = Statistics(files, reads, *counts, about)
     write_json(Path(directory) / "statistics.json", statistics.header())
     return statistics
 

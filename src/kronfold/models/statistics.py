@@ -34,6 +34,7 @@ class Statistics:
             gradient at the embedding's output.
         reads: module name -> KEY; layers that read the same input share one.
         tokens: tokens behind the input sums. gradient_tokens: tokens behind the gradient sums, 0 without.
+        tied: whether the head reads the embedding.
         about: what was measured (fingerprints of model and text, window, seed), for the record and the cache.
     """
 
@@ -41,6 +42,7 @@ class Statistics:
     reads: dict[str, str]
     tokens: int
     gradient_tokens: int
+    tied: bool
     about: dict[str, Any]
 
     def input_moments(self, module_name: str) -> tuple[Tensor, Tensor]:
@@ -60,7 +62,7 @@ class Statistics:
         For an embedding: token frequencies as `outputs` (V,), and the metric of its columns as `inputs`.
         """
         if view.kind == "embedding":
-            return Weighting(self.column_metric(tied=view.is_tied), self.token_frequencies(), damping)
+            return Weighting(self.column_metric(), self.token_frequencies(), damping)
         second, first = self.input_moments(view.module_name)
         if view.bias() is not None:
             second = second - torch.outer(first, first)
@@ -80,14 +82,14 @@ class Statistics:
         zipf = 1 / (ranks + ZIPF_OFFSET)
         return (1 - prior) * predicted / predicted.sum() + prior * zipf / zipf.sum()
 
-    def column_metric(self, tied: bool) -> Tensor:
+    def column_metric(self) -> Tensor:
         """(width, width): cost of an error in an embedding row per use: looked up (gradient), and as a logit if tied."""
-        metric = self.tensors["head"] / self.tokens if tied else torch.zeros_like(self.tensors["head"])
+        parts = []
+        if self.tied:
+            parts.append(self.tensors["head"] / self.tokens)
         if self.gradient_tokens:
-            metric = metric + self.tensors["embedding"] / self.gradient_tokens
-        elif not tied:
-            return torch.eye(metric.shape[0])
-        return metric
+            parts.append(self.tensors["embedding"] / self.gradient_tokens)
+        return torch.stack(parts).sum(0) if parts else torch.eye(self.tensors["head"].shape[0])
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the statistics as a directory, atomically. Raises OutputError."""
@@ -103,6 +105,7 @@ class Statistics:
             "reads": self.reads,
             "tokens": self.tokens,
             "gradient_tokens": self.gradient_tokens,
+            "tied": self.tied,
             "about": self.about,
         }
 
@@ -118,7 +121,8 @@ class Statistics:
             if header["schema"] != "kronfold/statistics" or header["format_version"] > FORMAT_VERSION:
                 raise ValueError(f"format {header['schema']} {header['format_version']}")
             tensors = MomentFiles(sorted(place.glob("*.safetensors")))
-            return cls(tensors, header["reads"], header["tokens"], header["gradient_tokens"], header["about"])
+            counts = (header["tokens"], header["gradient_tokens"], header["tied"])
+            return cls(tensors, header["reads"], *counts, header["about"])
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise CheckpointError(
                 f"{place} holds no calibration statistics this version can read ({error}). Calibrate again."
