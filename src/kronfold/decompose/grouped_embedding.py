@@ -63,12 +63,15 @@ def grouped_embedding(
     order = by_frequency(frequencies)
     for tokens, rank in zip(order.split(list(spec.sizes)), spec.ranks, strict=True):
         whitened = frequencies[tokens].sqrt()[:, None] * weight[tokens] @ right_root
+        total += float(whitened.square().sum())
+        if rank == spec.embedding_dim:
+            groups.append((weight[tokens], weight.new_zeros(rank, 0), torch.arange(rank)))
+            continue
         basis = torch.linalg.eigh(whitened.T @ whitened).eigenvectors[:, -rank:]
         left, right = weight[tokens] @ right_root @ basis, basis.T @ right_inverse
         # E_gᵀ = rightᵀ leftᵀ by rows of its own, which are columns of E_g.
         columns, mix, gather = pivoted(right.T.contiguous(), left.T)
         groups.append((columns.T, mix.T, gather))
-        total += float(whitened.square().sum())
         lost += float((whitened - whitened @ basis @ basis.T).square().sum())
     error = (lost / total) ** 0.5
     return GroupedEmbeddingFit(spec, torch.argsort(order), groups, error, [error])

@@ -19,7 +19,7 @@ class PlanRow:
     """One weight: `spec` (as in checkpoints), exact numbers held before and after, biases not counted.
 
     `relative_error` (with permutations, when the spec asks for them) and `relative_error_plain` are filled once the
-    weights have been fitted.
+    weights have been fitted. `predicted_loss` (nats per token) and `why` come from the planner.
     """
 
     name: str
@@ -29,6 +29,8 @@ class PlanRow:
     teacher_parameters: int
     relative_error: float | None = None
     relative_error_plain: float | None = None
+    predicted_loss: float | None = None
+    why: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         row = {
@@ -39,8 +41,8 @@ class PlanRow:
             "held_parameters": self.held_parameters,
             "teacher_parameters": self.teacher_parameters,
         }
-        errors = {"relative_error": self.relative_error, "relative_error_plain": self.relative_error_plain}
-        return {**row, **{key: value for key, value in errors.items() if value is not None}}
+        optional = ("relative_error", "relative_error_plain", "predicted_loss", "why")
+        return {**row, **{key: getattr(self, key) for key in optional if getattr(self, key) is not None}}
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Plan:
     """Attributes:
     teacher, cost: costs of the model before and after all stages.
     rows: all rows of all stages, in order.
+    budget: what a planned recipe was asked for and what the planner says about its choice (see `planner.budget`).
     """
 
     recipe: str
@@ -64,6 +67,7 @@ class Plan:
     stages: list[PlanStage]
     teacher: Cost
     cost: Cost
+    budget: dict[str, Any] | None = None
 
     @property
     def rows(self) -> list[PlanRow]:
@@ -83,6 +87,7 @@ class Plan:
             **{f"teacher_{key.removeprefix('held_')}": value for key, value in self.teacher.to_dict().items()},
             rows=[{"stage": stage.name, **row.to_dict()} for stage in self.stages for row in stage.rows],
             heal={stage.name: stage.heal.model_dump() if stage.heal else None for stage in self.stages},
+            **({"budget": self.budget} if self.budget else {}),
         )
 
     def save(self, path: str | Path) -> None:
@@ -128,4 +133,5 @@ class Plan:
             stages=stages,
             teacher=Cost(**{key: content[f"teacher_{key.removeprefix('held_')}"] for key in keys}),
             cost=Cost(**{key: content[key] for key in keys}),
+            budget=content.get("budget"),
         )

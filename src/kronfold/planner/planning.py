@@ -50,7 +50,7 @@ def plan(model_or_config: PreTrainedModel | PretrainedConfig, recipe: str | Reci
     skeleton = skeleton_of(model_or_config)
     teacher = cost(skeleton)
     specs = read_specs(skeleton)
-    head = _tied_head(skeleton)
+    head = name_of_tied_head(skeleton)
     stages: list[PlanStage] = []
     faults: list[str] = []
     for stage in recipe.stages:
@@ -95,7 +95,7 @@ def spec_of(row: PlanRow) -> Any:
 def check_plan(made: Plan, model_or_config: PreTrainedModel | PretrainedConfig) -> Cost:
     """What a (perhaps edited) plan makes of a model, counted anew. Raises RecipeError when it does not fit."""
     skeleton = skeleton_of(model_or_config)
-    head = _tied_head(skeleton)
+    head = name_of_tied_head(skeleton)
     specs: Mapping[str, Any] = read_specs(skeleton)
     for stage in made.stages:
         views = sites(skeleton)
@@ -105,7 +105,7 @@ def check_plan(made: Plan, model_or_config: PreTrainedModel | PretrainedConfig) 
     return cost(skeleton)
 
 
-def _tied_head(skeleton: PreTrainedModel) -> str | None:
+def name_of_tied_head(skeleton: PreTrainedModel) -> str | None:
     family = family_of(skeleton)
     return family.head if is_tied(skeleton, family) else None
 

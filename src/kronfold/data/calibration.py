@@ -1,0 +1,46 @@
+"""Windows of tokens for calibration, drawn evenly from one or several texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kronfold.base.errors import DataError
+from kronfold.data.packing import pack
+from kronfold.data.sources import documents
+
+READ_AHEAD = 32  # windows are drawn from at most this many times the tokens that are needed
+
+
+def calibration_windows(
+    sources: Sequence[str | Path], tokenizer: Any, *, count: int = 128, window: int = 1024, seed: int = 0
+) -> Tensor:
+    """(count, window) int64 token ids: windows of the texts drawn without replacement, the sources taking turns.
+
+    Each text is read no further than 32 times the tokens wanted from it.
+
+    Raises:
+        DataError: a text that is missing, unreadable, or too short (how many windows it holds is named).
+    """
+    if count < 1 or window < 2 or not sources:
+        raise DataError(f"Calibration needs at least 1 window of 2 tokens from 1 text; asked for {count} of {window}.")
+    shares = [len(range(i, count, len(sources))) for i in range(len(sources))]
+    drawn: list[Tensor] = []
+    for i, (source, share) in enumerate(zip(sources, shares, strict=True)):
+        if share == 0:
+            continue
+        blocks = pack(documents(source), tokenizer, window, max_tokens=READ_AHEAD * share * window)
+        if len(blocks) < share:
+            raise DataError(
+                f"{source} holds {len(blocks)} windows of {window} tokens; {share} are wanted for calibration. Give more "
+                f"text, or ask for fewer: --calibration-windows {len(blocks) * len(sources)}."
+            )
+        pick = np.sort(np.random.default_rng((seed, i)).choice(len(blocks), size=share, replace=False))
+        drawn.append(torch.from_numpy(blocks.ids[pick].astype(np.int64)))
+    turns = [rows[j] for j in range(max(shares)) for rows in drawn if j < len(rows)]
+    return torch.stack(turns)

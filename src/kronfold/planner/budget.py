@@ -1,0 +1,205 @@
+"""A plan that meets a budget: sensitivity curves in, one option per site out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PretrainedConfig, PreTrainedModel
+
+from kronfold.base.errors import InputError, RecipeError
+from kronfold.models.cost import Cost, cost
+from kronfold.models.linear_view import sites
+from kronfold.models.surgery import read_specs
+from kronfold.planner.allocate import Allocation, Options, allocate
+from kronfold.planner.plan import Plan, PlanRow, PlanStage
+from kronfold.planner.planning import check_rows, name_of_tied_head, skeleton_of, specs_after
+from kronfold.planner.recipe import HealRecipe
+from kronfold.planner.sensitivity import SiteCurve, Unit, embedding_spec
+
+_SUFFIXES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_COUNTED = {"params": "held_parameters", "macs": "macs_per_token", "bytes": "bytes_fp16"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the compressed model may cost: `amount` held parameters, multiply-accumulates per token, or bytes in fp16.
+
+    `ratio`: the amount as a share of the dense model's held parameters, when it was given as one (amount is then 0).
+    """
+
+    unit: Unit
+    amount: float = 0.0
+    ratio: float | None = None
+
+    @classmethod
+    def parse(
+        cls,
+        params: str | None = None,
+        ratio: float | None = None,
+        macs: str | None = None,
+        bytes_: str | None = None,
+    ) -> Budget:
+        """From command-line values such as `81M`, `0.65`, `60M`, `160MB`. Raises InputError unless exactly one is given."""
+        given = {"params": params, "macs": macs, "bytes": bytes_}
+        named = {unit: text for unit, text in given.items() if text is not None}
+        if len(named) + (ratio is not None) != 1:
+            raise InputError(
+                "Give one budget: --target-params 81M, --target-ratio 0.65, --target-macs 60M or --target-bytes 160MB."
+            )
+        if ratio is not None:
+            if not 0 < ratio < 1:
+                raise InputError(f"--target-ratio {ratio} must lie between 0 and 1: the share of numbers that is kept.")
+            return cls("params", ratio=ratio)
+        unit, text = next(iter(named.items()))
+        return cls(unit, _number(text, f"--target-{unit}"))  # type: ignore[arg-type]
+
+    def amount_for(self, dense: Cost) -> float:
+        """The budget in its unit. Raises InputError when it is not below the dense model's own cost."""
+        whole = getattr(dense, _COUNTED[self.unit])
+        amount = self.ratio * whole if self.ratio is not None else self.amount
+        if amount >= whole:
+            raise InputError(
+                f"The budget of {amount:,.0f} {self.unit} is not below what the dense model has, {whole:,.0f}: there is "
+                "nothing to compress. Ask for less."
+            )
+        return amount
+
+
+def _number(text: str, option: str) -> float:
+    found = re.fullmatch(r"\s*([0-9][0-9_,]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
+    if not found or found[2] not in _SUFFIXES:
+        raise InputError(f"{option} {text!r} is no number; write 81000000, 81M or 160MB.")
+    return float(found[1].replace("_", "").replace(",", "")) * _SUFFIXES[found[2]]
+
+
+def plan_for_budget(
+    model_or_config: PreTrainedModel | PretrainedConfig,
+    curves: Sequence[SiteCurve],
+    budget: Budget,
+    *,
+    heal: HealRecipe | None = None,
+    name: str = "auto",
+) -> Plan:
+    """The plan of least predicted loss within the budget; sites that gain nothing stay dense and have no row.
+
+    Args:
+        curves: from `sensitivity`, of this model.
+        heal: how its one stage heals, None for not at all.
+
+    Raises:
+        InputError: the budget is above the dense model, or below the floor (which is named).
+        RecipeError: curves of another model.
+    """
+    skeleton = skeleton_of(model_or_config)
+    views = sites(skeleton)
+    _check_curves(curves, {site: view.shape for site, view in views.items()})
+    dense = cost(skeleton)
+    amount = budget.amount_for(dense)
+    fixed = getattr(dense, _COUNTED[budget.unit]) - sum(curve.dense_cost(budget.unit) for curve in curves)
+    table = {curve.key: curve.options(budget.unit) for curve in curves}
+    options = {key: found for key, (found, _) in table.items()}
+    floor = fixed + sum(float(found.cost.min()) for found in options.values())
+    if amount < floor:
+        raise InputError(
+            f"A budget of {amount:,.0f} {budget.unit} is below the floor of this model, {floor:,.0f}: "
+            f"{fixed:,.0f} cannot be compressed, and every other matrix is at its smallest. Ask for more."
+        )
+    found = allocate(options, amount - fixed)
+    rows = _rows(curves, table, found)
+    check_rows(views, rows)
+    specs = specs_after(views, rows, read_specs(skeleton), name_of_tied_head(skeleton))
+    after = cost(skeleton_of(model_or_config, specs))
+    return Plan(
+        recipe=name,
+        description=f"Planned for {amount:,.0f} {budget.unit}: least predicted loss, site by site.",
+        stages=[PlanStage(name, rows, heal)],
+        teacher=dense,
+        cost=after,
+        budget={
+            "unit": budget.unit,
+            "amount": amount,
+            "floor": floor,
+            "met_by": getattr(after, _COUNTED[budget.unit]),
+            "predicted_loss": found.loss,
+            "optimality_gap": found.gap,
+            "left_dense": sorted({curve.site for curve in curves} - {row.name for row in rows}),
+        },
+    )
+
+
+def _check_curves(curves: Sequence[SiteCurve], shapes: Mapping[str, tuple[int, int]]) -> None:
+    strangers = sorted({c.site for c in curves if c.site not in shapes or (not c.group and c.shape != shapes[c.site])})
+    if strangers or not curves:
+        raise RecipeError(
+            f"The sensitivity curves are of another model: it has no {', '.join(strangers[:3]) or 'curves'} of that "
+            "shape. Calibrate this model."
+        )
+
+
+def _rows(
+    curves: Sequence[SiteCurve], table: Mapping[str, tuple[Options, list[Any]]], found: Allocation
+) -> list[PlanRow]:
+    rows, seen = [], set()
+    for curve in curves:
+        if curve.site in seen:
+            continue
+        seen.add(curve.site)
+        row = _embedding_row([c for c in curves if c.site == curve.site], table, found) if curve.group else None
+        row = row if curve.group else _linear_row(curve, *table[curve.key], found.choice[curve.key])
+        if row is not None:
+            rows.append(row)
+    return rows
+
+
+def _linear_row(curve: SiteCurve, options: Options, specs: list[Any], choice: int) -> PlanRow | None:
+    spec = specs[choice]
+    if spec is None:
+        return None
+    structure = "low_rank" if hasattr(spec, "for_ratio") else "kronecker"
+    return PlanRow(
+        name=curve.site,
+        spec={"structure": structure, **spec.to_dict()},
+        label=spec.label(),
+        held_parameters=spec.held_parameters,
+        teacher_parameters=curve.shape[0] * curve.shape[1],
+        predicted_loss=float(options.loss[choice]),
+        why=_why(options, choice),
+    )
+
+
+def _embedding_row(
+    groups: Sequence[SiteCurve], table: Mapping[str, tuple[Options, list[Any]]], found: Allocation
+) -> PlanRow | None:
+    ranks = [table[group.key][1][found.choice[group.key]] for group in groups]
+    spec = embedding_spec(groups, ranks)
+    if spec is None:
+        return None
+    losses = [float(table[group.key][0].loss[found.choice[group.key]]) for group in groups]
+    worst = int(np.argmax(losses))
+    return PlanRow(
+        name=groups[0].site,
+        spec={"structure": "grouped_embedding", **spec.to_dict(), "head": "tied" if groups[0].tied else "untied"},
+        label=spec.label(),
+        held_parameters=spec.held_parameters,
+        teacher_parameters=spec.shape[0] * spec.shape[1],
+        predicted_loss=sum(losses),
+        why=f"common tokens keep more than rare ones; tokens {groups[worst].group[0]:,} to "  # type: ignore[index]
+        f"{sum(groups[worst].group):,} by frequency cost most, {losses[worst]:.4f} nats",  # type: ignore[arg-type]
+    )
+
+
+def _why(options: Options, choice: int) -> str:
+    """What a little less and a little more would have cost."""
+    dense = float(options.cost[0])
+    share = float(options.cost[choice]) / dense
+    said = f"{options.loss[choice]:.4f} nats at {share:.0%}"
+    for step in (-0.1, 0.1):
+        near = np.abs(options.cost / dense - (share + step))
+        other = int(near.argmin())
+        if near[other] < 0.05 and other != choice:
+            said += f"; {options.loss[other]:.4f} at {options.cost[other] / dense:.0%}"
+    return said
