@@ -55,7 +55,8 @@ def permuted_kronecker(
             "assignment" (alternating assignment from identity), "annealing" (restarts and simulated annealing),
             "grouping" (similarity grouping, swaps, assignment).
         tolerance: a start ends when a sweep over the sides lowers its error by less than this share of it.
-            None means 5e-4, and 2e-3 for weights above a million numbers.
+            None means 5e-4, and 2e-3 for weights above a million numbers; ten times that for the moves under a
+            weighting, whose sweeps cost and gain more.
         target_error: stop as soon as the relative error is at most this; None looks as far as `tolerance` goes.
         max_sweeps: limit on sweeps per start.
 
@@ -72,13 +73,14 @@ def permuted_kronecker(
         if value is not None and not value >= 0:
             raise InputError(f"{name} must be zero or more; got {value}.")
     weight = check_weight(weight, spec)
-    if tolerance is None:
-        tolerance = 5e-4 if weight.numel() <= LARGE else 2e-3
-    options = Options(seed, tolerance, -1.0 if target_error is None else target_error, max_sweeps)
+    usual = 5e-4 if weight.numel() <= LARGE else 2e-3
+    share = usual if tolerance is None else tolerance
+    options = Options(seed, share, -1.0 if target_error is None else target_error, max_sweeps)
     with _one_thread():
         if weighting is None:
             return _searched(weight, spec, method, options)
-        return _weighted(weight, spec, weighting.checked(spec.shape), method, options)
+        steps = replace(options, tolerance=10.0 * usual if tolerance is None else tolerance)
+        return _weighted(weight, spec, weighting.checked(spec.shape), method, (options, steps))
 
 
 def _searched(weight: Tensor, spec: KroneckerSpec, method: str, options: Options) -> Fit:
@@ -88,15 +90,18 @@ def _searched(weight: Tensor, spec: KroneckerSpec, method: str, options: Options
     return _finish(weight, search)
 
 
-def _weighted(weight: Tensor, spec: KroneckerSpec, weighting: Weighting, method: str, options: Options) -> Fit:
-    blind = replace(options, target_error=-1.0)  # the error asked for is a weighted one
+def _weighted(
+    weight: Tensor, spec: KroneckerSpec, weighting: Weighting, method: str, options: tuple[Options, Options]
+) -> Fit:
+    """`options` of the searches that give the starts, and of the one that goes on under the weighting."""
+    blind = replace(options[0], target_error=-1.0)  # the error asked for is a weighted one
     starts = [_searched(weight, spec, method, blind)]
     if weighting.inputs is None and weighting.outputs is None:
         return starts[0]
     if spec.searches_in or spec.searches_out:
         by_worth = _searched(scaled(weight, weighting), spec, method, blind)
         starts.append(_fitted(weight, spec, by_worth.perm_in, by_worth.perm_out))
-    return weighted_search(weight, spec, weighting, starts, options)
+    return weighted_search(weight, spec, weighting, starts, options[1])
 
 
 def _fitted(weight: Tensor, spec: KroneckerSpec, perm_in: Tensor | None, perm_out: Tensor | None) -> Fit:

@@ -13,11 +13,21 @@ from torch import Tensor
 
 from kronfold.base.specs import KroneckerSpec
 from kronfold.decompose.fit import Fit
-from kronfold.decompose.kronecker_als import Problem, a_step, descend, sweep, weighted_fit, with_orthonormal_b
+from kronfold.decompose.kronecker_als import (
+    SWEEPS,
+    Problem,
+    a_step,
+    descend,
+    sweep,
+    weighted_fit,
+    with_orthonormal_b,
+)
 from kronfold.decompose.permute_state import Options
 from kronfold.decompose.permute_weighted_in import Move, moved, rearrangements
 from kronfold.decompose.permute_weighted_out import exchange_rows
 from kronfold.decompose.weighting import Weighting
+
+ROUGH_SWEEPS = 4  # of refitting for the starts that nothing is promised about
 
 
 @dataclass(frozen=True)
@@ -43,14 +53,14 @@ def scaled(weight: Tensor, weighting: Weighting) -> Tensor:
 def weighted_search(
     weight: Tensor, spec: KroneckerSpec, weighting: Weighting, starts: list[Fit], options: Options
 ) -> Fit:
-    """Search on from fits of `weight` under a checked weighting; never worse than `weighted_fit` of any of them.
+    """Search on from fits of `weight` under a checked weighting; never worse than `weighted_fit` of the first.
 
     The history starts with the weighted error of the first start and never rises.
     """
     search = _Search(weight, spec, weighting, options)
     tried = []
     for number, start in enumerate(starts):
-        state, errors = search.begin(start)
+        state, errors = search.begin(start, SWEEPS if number == 0 else ROUGH_SWEEPS)
         if number == 0:
             search.history += errors
         search.note(state)
@@ -91,15 +101,15 @@ class _Search:
         searched = self.spec.searches_in or self.spec.searches_out
         return not searched or self.best.error <= self.options.target_error
 
-    def begin(self, start: Fit) -> tuple[State, list[float]]:
-        """A start with its factors fitted to the end, and its errors on the way."""
+    def begin(self, start: Fit, sweeps: int) -> tuple[State, list[float]]:
+        """A start with its factors fitted, and its errors on the way."""
         rows = torch.arange(len(self.problem.weight)) if start.perm_out is None else start.perm_out
         cols = torch.arange(self.spec.in_features) if start.perm_in is None else start.perm_in
         problem = self.problem.arranged(rows, cols)
         a, b = with_orthonormal_b(start.a / self.scale, start.b)
         if self.is_compact:
             a = a_step(problem, problem.weight.new_zeros(b.shape[0], len(rows), self.spec.a[1]), b)
-        a, b, history = descend(problem, a, b)
+        a, b, history = descend(problem, a, b, sweeps)
         return State(rows.view(-1, self.spec.b[0]), cols.view(self.spec.a[1], -1), a, b, history[-1]), history
 
     def note(self, state: State) -> None:

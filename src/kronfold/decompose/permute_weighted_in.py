@@ -19,7 +19,7 @@ from torch import Tensor
 from kronfold.decompose.kronecker_als import Problem, a_normal, a_step, cholesky
 from kronfold.ops import kronecker
 
-NUMBERS = 1 << 26  # entries of the small systems solved per call; bounds its time
+NUMBERS = 1 << 24  # entries of the small systems solved per call; bounds its time
 ROUNDS = 4  # mutual-best rounds
 
 
