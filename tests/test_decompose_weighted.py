@@ -126,7 +126,11 @@ def test_rank_deficient_moments():
 
 def test_the_order_of_the_features_does_not_matter():
     """Groups and slots shuffled alike in W, H and G: the same approximation, shuffled."""
-    weight, spec, weighting = normal(*SHAPE), KroneckerSpec.for_weight(SHAPE, (2, 2), 2), Weighting(moment(8), OUTPUTS["full"])
+    weight, spec, weighting = (
+        normal(*SHAPE),
+        KroneckerSpec.for_weight(SHAPE, (2, 2), 2),
+        Weighting(moment(8), OUTPUTS["full"]),
+    )
     rows = torch.tensor([4, 1, 0, 5, 3, 2])[:, None] * 2 + torch.tensor([1, 0])
     cols = torch.tensor([2, 0, 3, 1])[:, None] * 2 + torch.tensor([1, 0])
     rows, cols = rows.reshape(-1), cols.reshape(-1)

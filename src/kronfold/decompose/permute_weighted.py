@@ -159,4 +159,3 @@ class _Search:
                 return better
             moves = moves[: len(moves) // 2]
         return state
-

@@ -159,7 +159,9 @@ def _energy(metric: Tensor, score: Tensor, phi: Tensor) -> Tensor:
     """tr((φᵀ metric φ)⁻¹ φᵀ score φ) of every pair."""
     normal, right = phi.T @ metric @ phi, phi.T @ score @ phi
     if normal.shape[-1] == 2:
-        cofactor = normal[:, 0, 0] * right[:, 1, 1] + normal[:, 1, 1] * right[:, 0, 0] - 2 * normal[:, 0, 1] * right[:, 0, 1]
+        cofactor = (
+            normal[:, 0, 0] * right[:, 1, 1] + normal[:, 1, 1] * right[:, 0, 0] - 2 * normal[:, 0, 1] * right[:, 0, 1]
+        )
         return cofactor / (normal[:, 0, 0] * normal[:, 1, 1] - normal[:, 0, 1].square())
     return torch.linalg.solve(normal, right).diagonal(dim1=1, dim2=2).sum(1)
 
