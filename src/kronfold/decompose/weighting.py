@@ -89,8 +89,8 @@ def _damped(moment: Tensor | None, size: int, side: str, damping: float) -> Tens
     mean = float(diagonal.mean())
     if mean == 0.0:
         raise InputError(
-            f"The {side} second moment {tuple(moment.shape)} is all zeros: the calibration text never used this weight. "
-            "Leave the site out, or calibrate on other text."
+            f"The {side} second moment {tuple(moment.shape)} is all zeros: the calibration text never used this "
+            "weight. Leave the site out, or calibrate on other text."
         )
     if is_vector:
         return moment + damping * mean
