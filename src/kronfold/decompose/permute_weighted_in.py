@@ -73,7 +73,7 @@ class _Frame:
     """The matrices of the module's docstring that all pairs of groups share; columns arranged in groups."""
 
     def __init__(self, problem: Problem, a: Tensor, b: Tensor) -> None:
-        rank, out_b, in_b = b.shape
+        _, out_b, in_b = b.shape
         in_a = a.shape[2]
         self.b, self.moment, self.in_a = b, problem.moment, in_a
         a = a_step(problem, a, b)

@@ -2,8 +2,8 @@
 
 For a linear layer y = W x the expected squared error of the outputs is `tr((W − Ŵ) H (W − Ŵ)ᵀ)` with the second moment
 H = E[x xᵀ]. With the second moment G = E[g gᵀ] of the loss gradient at the outputs it becomes
-`tr(G (W − Ŵ) H (W − Ŵ)ᵀ)`: twice the second-order increase of the loss where G and H are independent (K-FAC; Martens and
-Grosse 2015, arXiv 1503.05671, equation 23).
+`tr(G (W − Ŵ) H (W − Ŵ)ᵀ)`: twice the second-order increase of the loss where G and H are independent (K-FAC; Martens
+and Grosse 2015, arXiv 1503.05671, equation 23).
 """
 
 from __future__ import annotations
