@@ -324,14 +324,15 @@ def test_query_heads_of_a_group_share_their_values(second, left):
     assert_equal_logits(model, expected)
 
 
-def test_a_shipped_recipe_after_absorbing(teacher):
+def test_a_shipped_recipe_after_absorbing():
     """As it ships, in float32: one gather of each compressed feed-forward part goes, and one more of the stream."""
-    student = kf.compress(teacher, "tqcompressor")
+    student = kf.compress(pico.gpt2(n_layer=2), "tqcompressor")
     with torch.no_grad():
         expected = student(pico.ids(student)).logits
         report = ab.absorb(student)
         torch.testing.assert_close(student(pico.ids(student)).logits, expected, rtol=0, atol=1e-5)
     absorbed = {gather.name for gather in report.absorbed}
-    assert {f"transformer.h.{i}.mlp.c_fc.gather_out" for i in (1, 3)} < absorbed
+    assert "transformer.h.1.mlp.c_fc.gather_out" in absorbed
+    assert len(absorbed) >= 2
     assert report.bytes_after < report.bytes_before
     assert cost(student).index_bytes == report.bytes_after
