@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from transformers import (
 import kronfold as kf
 import pico
 from kronfold.base.errors import InputError, RecipeError
+from kronfold.distill.pairs import check_head
 from kronfold.models.cost import cost
 from kronfold.models.families import FAMILIES, empty_model, family_of
 from kronfold.models.linear_view import is_tied, sites
@@ -157,6 +159,17 @@ def test_saved_loaded_generated_and_made_dense(compressed, tmp_path, name):
 
 
 @each_family
+def test_what_healing_needs(compressed, name):
+    """The head applied to the last hidden state is all there is to the logits, and every factor gets a gradient."""
+    student = copy.deepcopy(compressed[name][1])
+    check_head(student)
+    ids = pico.ids(student)
+    student(ids, labels=ids).loss.backward()
+    idle = [key for key, p in student.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    assert idle == []
+
+
+@each_family
 def test_shipped_recipes_run_on_every_family(compressed, name):
     model = compressed[name][0]
     made = kf.plan(model, "tqcompressor-attention", errors=False)
@@ -196,6 +209,18 @@ def test_published_sizes_are_planned():
     d, ffn = 1600, 8 * 1600 * 1600
     assert made.teacher.held_parameters == 1_557_611_200
     assert made.held_parameters == 1_557_611_200 - 50257 * d * 3 // 4 + 4 - 24 * (ffn // 2 - 2 * 32)
+
+
+def test_a_published_llama_is_planned():
+    """SmolLM2-135M (134,515,008 numbers, tied): gate, up and down of 15 blocks to a half, embedding to a quarter."""
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    made = kf.plan(config, "tqcompressor")
+    assert made.teacher.held_parameters == 134_515_008
+    saved = 49152 * 576 * 3 // 4 - 4 + 15 * 3 * (576 * 1536 // 2 - 4 * 8)
+    assert made.held_parameters == 134_515_008 - saved
 
 
 def test_roles_in_patterns():

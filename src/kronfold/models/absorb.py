@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def permute_hidden_units(model: PreTrainedModel, block: int, perm: Tensor) -> No
     family = _known(model)
     ports = _hidden_ports(model, family, _block(model, family, block))
     perm = _permutation(perm, (ports[0].size,))
-    _carry_out([(port, perm) for port in ports])
+    _carry_out(_alike(ports, perm))
 
 
 def permute_value_channels(model: PreTrainedModel, block: int, perm: Tensor) -> None:
@@ -114,7 +115,7 @@ def permute_residual(model: PreTrainedModel, perm: Tensor) -> None:
     """
     ports = _residual_ports(model, _known(model))
     perm = _permutation(perm, (ports[0].size,))
-    _carry_out([(port, perm) for port in ports])
+    _carry_out(_alike(ports, perm))
 
 
 def absorb(model: PreTrainedModel, residual: bool = True) -> AbsorbReport:
@@ -134,14 +135,11 @@ def absorb(model: PreTrainedModel, residual: bool = True) -> AbsorbReport:
     before = remaining_gathers(model)
     for block in range(_depth(model, family)):
         hidden = _hidden_ports(model, family, block)
-        _reorder_best(_undoing(hidden), lambda perm, ports=hidden: [(port, perm) for port in ports])
-        _reorder_best(
-            _value_candidates(model, family, block),
-            lambda perm, block=block: _value_moves(model, family, block, perm),
-        )
+        _reorder_best(_undoing(hidden), partial(_alike, hidden))
+        _reorder_best(_value_candidates(model, family, block), partial(_value_moves, model, family, block))
     if residual:
         stream = _residual_ports(model, family)
-        _reorder_best(_undoing(stream), lambda perm: [(port, perm) for port in stream])
+        _reorder_best(_undoing(stream), partial(_alike, stream))
     after = remaining_gathers(model)
     names = {gather.name for gather in after}
     return AbsorbReport(
@@ -178,7 +176,7 @@ def _residual_ports(model: PreTrainedModel, family: Family) -> list[Port]:
         reading += [family.block_name(block, n) for n in (*family.attention_inputs, *family.mlp_inputs)]
         writing += [family.block_name(block, n) for n in (*family.attention_output, *family.mlp_output)]
     width = model.get_submodule(embeddings[0]).embedding_dim
-    vectors = [Port(name, model.get_submodule(name), "out", 0, width) for name in (*embeddings, *norms)]  # type: ignore[arg-type]
+    vectors = [Port(name, model.get_submodule(name), "out", 0, width) for name in (*embeddings, *norms)]
     return [
         *vectors,
         *(port for name in reading for port in readers(model, name)),
@@ -213,6 +211,10 @@ def _spread(perm: Tensor, times: int) -> Tensor:
 # --- choosing and carrying out ----------------------------------------------------------------------------------
 
 
+def _alike(ports: list[Port], perm: Tensor) -> Moves:
+    return [(port, perm) for port in ports]
+
+
 def _undoing(ports: list[Port]) -> Iterator[Tensor]:
     for port in ports:
         perm = port.undoing()
@@ -221,8 +223,8 @@ def _undoing(ports: list[Port]) -> Iterator[Tensor]:
 
 
 def _value_candidates(model: PreTrainedModel, family: Family, block: int) -> Iterator[Tensor]:
-    """The reorderings (kv heads, head width) that undo a gather which stays inside heads, alike within a group."""
-    heads, kv_heads, width = _heads(model, family, block)
+    """The reorderings (kv heads, head width) that undo a gather which stays inside heads."""
+    _, kv_heads, width = _heads(model, family, block)
     identity = torch.arange(width).expand(kv_heads, width)
     for port, _ in _value_moves(model, family, block, identity):
         perm = port.undoing()
@@ -230,9 +232,8 @@ def _value_candidates(model: PreTrainedModel, family: Family, block: int) -> Ite
             continue
         count = perm.numel() // width
         inner = perm.cpu().view(count, width) - width * torch.arange(count)[:, None]
-        grouped = inner.view(kv_heads, count // kv_heads, width)
-        if inner.min() >= 0 and inner.max() < width and bool((grouped == grouped[:, :1]).all()):
-            yield grouped[:, 0]
+        if inner.min() >= 0 and inner.max() < width:
+            yield inner[:: count // kv_heads]  # of each group its first head; where the others differ nothing is saved
 
 
 def _reorder_best(candidates: Iterator[Tensor], moves_for: Callable[[Tensor], Moves]) -> None:

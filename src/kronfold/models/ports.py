@@ -62,7 +62,7 @@ class Port:
 
     def _gatherer(self) -> nn.Module:
         levels = getattr(self.layer, "levels", None)
-        return levels[0] if levels is not None and len(levels) else self.layer  # type: ignore[arg-type]
+        return levels[0] if levels is not None and len(levels) else self.layer
 
     def _gather_name(self) -> str:
         return "gather" if self._gatherer() is not self.layer else f"gather_{self.side}"
