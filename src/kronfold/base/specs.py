@@ -160,7 +160,9 @@ class LowRankSpec:
             raise ShapeError(f"ratio {ratio} must lie in (0, 1]: the share of a weight's numbers that is kept.")
         total = shape[0] + shape[1]
         budget = ratio * shape[0] * shape[1]
-        rank = int((total - math.sqrt(total * total - 4 * budget)) / 2 + 1e-9)  # the smaller root of r(m + n - r) = budget
+        rank = int(
+            (total - math.sqrt(total * total - 4 * budget)) / 2 + 1e-9
+        )  # the smaller root of r(m + n - r) = budget
         return cls(shape[0], shape[1], max(1, min(rank, *shape)))
 
     @property

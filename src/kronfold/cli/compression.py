@@ -43,55 +43,109 @@ def demo(
 
 
 def plan(
-    model: t.Model,
-    recipe: t.RecipeName = "tqcompressor",
+    model: t.OptionalModel = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            show_default=False,
+            help="Shipped recipe or YAML file; default: auto with a budget or calibration text, else tqcompressor.",
+        ),
+    ] = None,
+    calibration: t.Calibration = None,
+    target_params: t.TargetParams = None,
+    target_ratio: t.TargetRatio = None,
+    target_macs: t.TargetMacs = None,
+    target_bytes: t.TargetBytes = None,
+    structures: t.Structures = None,
+    calibration_windows: t.CalibrationWindows = None,
     output: t.Output = None,
+    diff: Annotated[
+        tuple[str, str] | None, typer.Option(metavar="A B", help="Compare two saved plans.", show_default=False)
+    ] = None,
     errors: Annotated[bool, typer.Option(help="With weights at hand, also fit them and show relative errors.")] = True,
+    cache: t.Cache = True,
     seed: t.Seed = 0,
     overwrite: t.Overwrite = False,
     json: t.Json = False,
 ) -> None:
-    """Show what a recipe does to a model: every matrix, exact counts, nothing changed. Works on config:gpt2."""
+    """Show what a recipe or a budget does to a model: every matrix, exact counts, nothing changed."""
+    if diff:
+        _diff(diff, json)
+        return
+    if model is None:
+        raise typer.BadParameter("give a MODEL, or two saved plans: --diff A B", param_hint="MODEL")
     from kronfold.base.files import check_output, write_json
     from kronfold.models.load import load_config, load_model
-    from kronfold.models.recognised import recognised
-    from kronfold.pipelines.compress import plan as make_plan
-    from kronfold.planner.planning import skeleton_of
+    from kronfold.pipelines.calibration import cache_directory
+    from kronfold.pipelines.checkpoint import make_plan
     from kronfold.report.tables import plan_table
 
     t.prepare(seed=seed)
     if output:
         check_output(output, overwrite)
     source = t.resolve_model(model)
+    budget = t.budget(target_params, target_ratio, target_macs, target_bytes)
+    changes = t.planner_changes(calibration_windows, structures)
+    recipe = recipe or ("auto" if budget or calibration or changes else "tqcompressor")
+    planned = recipe == "auto"
     with t.progress_bar() as report:
-        subject = load_model(source) if errors and not source.startswith("config:") else load_config(source)
-        made = make_plan(subject, recipe, errors=errors, seed=seed, progress=_decomposing(report))
+        weights = (errors or planned) and not source.startswith("config:")
+        subject = load_model(source) if weights else load_config(source)
+        made = make_plan(
+            subject, recipe, t.calibration_or_own(calibration) if planned else [], budget, source=source,
+            changes=changes, errors=errors, seed=seed, cache=cache_directory() if cache else None,
+            progress=_decomposing(report),
+        )  # fmt: skip
     document = made.to_dict()
-    parts = recognised(skeleton_of(subject))
-    if parts.generic:
-        document["recognised"] = parts.to_dict()
     if output:
         write_json(output, document)
-    t.emit(document, json, plan_table(document), *([parts.lines()] if parts.generic else []))
+    t.emit(document, json, plan_table(document))
+
+
+def _diff(paths: tuple[str, str], json: bool) -> None:
+    from kronfold.planner.plan import Plan
+    from kronfold.planner.plan_diff import diff
+    from kronfold.report.plans import diff_table
+
+    document = diff(Plan.load(paths[0]), Plan.load(paths[1]))
+    t.emit(document, json, diff_table(document))
 
 
 def compress(
     model: t.Model,
     output: Annotated[str, typer.Option("--output", "-o", help="Directory for the compressed checkpoint.")],
-    recipe: t.RecipeName = "tqcompressor",
-    plan: Annotated[str | None, typer.Option(help="A saved plan to carry out instead of a recipe.")] = None,
+    recipe: t.RecipeName = "auto",
+    plan: Annotated[
+        str | None, typer.Option(help="A saved plan to carry out instead of a recipe.", show_default=False)
+    ] = None,
+    calibration: t.Calibration = None,
+    target_params: t.TargetParams = None,
+    target_ratio: t.TargetRatio = None,
+    target_macs: t.TargetMacs = None,
+    target_bytes: t.TargetBytes = None,
+    structures: t.Structures = None,
+    calibration_windows: t.CalibrationWindows = None,
+    cache: t.Cache = True,
     seed: t.Seed = 0,
     dtype: t.Dtype = None,
     overwrite: t.Overwrite = False,
     json: t.Json = False,
 ) -> None:
-    """Decompose the weights and save the compressed checkpoint, without healing."""
+    """Make a model smaller and save it, without healing: planned for a budget and fitted to text, unless told other."""
+    from kronfold.pipelines.calibration import cache_directory
     from kronfold.pipelines.checkpoint import compress_to
 
     t.prepare(seed=seed)
+    needs_text = recipe == "auto" and plan is None
+    texts = t.calibration_or_own(calibration) if needs_text else calibration or []
     with t.progress_bar() as report:
         document = compress_to(
-            t.resolve_model(model), output, recipe, plan, seed=seed, dtype=dtype, overwrite=overwrite,
+            t.resolve_model(model), output, recipe, plan, texts,
+            t.budget(target_params, target_ratio, target_macs, target_bytes),
+            changes=t.planner_changes(calibration_windows, structures),
+            cache=cache_directory() if cache else None, seed=seed, dtype=dtype, overwrite=overwrite,
             progress=_decomposing(report),
         )  # fmt: skip
     t.emit(document, json, _saved(document, output))
@@ -222,7 +276,11 @@ def _run(
 
 
 def _decomposing(report: Any) -> Any:
-    return lambda name, done, total: report(f"decompose {name}".strip(), done, total)
+    def show(name: str, done: int, total: int) -> None:
+        own = name.startswith(("calibrate", "sensitivity", "fit"))
+        report(name if own else f"decompose {name}".strip(), done, total)
+
+    return show
 
 
 def _saved(document: dict[str, Any], output: str) -> str:

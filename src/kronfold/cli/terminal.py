@@ -29,6 +29,15 @@ Model = Annotated[
         metavar="MODEL", help="A directory, a hub id, a .gguf file, config:NAME, or demo.", show_default=False
     ),
 ]
+OptionalModel = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL", help="A directory, a hub id, a .gguf file, config:NAME, or demo.", show_default=False
+    ),
+]
+Cache = Annotated[
+    bool, typer.Option(help="Keep calibration statistics in $KRONFOLD_CACHE (~/.cache/kronfold) for the next budget.")
+]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Where the result goes.", show_default=False)]
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -40,6 +49,25 @@ Dtype = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(help="Text to fit the layers to, like what the model will read; may be repeated.", show_default=False),
+]
+CalibrationWindows = Annotated[
+    int | None, typer.Option(help="Windows of calibration text; default: the recipe's (128).", show_default=False)
+]
+Structures = Annotated[
+    str | None,
+    typer.Option(help="What the planner may choose: low_rank, kronecker; comma-separated.", show_default=False),
+]
+TargetParams = Annotated[str | None, typer.Option(help="Budget in held parameters, e.g. 81M.", show_default=False)]
+TargetRatio = Annotated[
+    float | None, typer.Option(help="Budget as a share of the held parameters, e.g. 0.65.", show_default=False)
+]
+TargetMacs = Annotated[
+    str | None, typer.Option(help="Budget in multiply-accumulates per token, e.g. 60M.", show_default=False)
+]
+TargetBytes = Annotated[str | None, typer.Option(help="Budget in bytes in fp16, e.g. 160MB.", show_default=False)]
 Text = Annotated[str, typer.Option(help=".txt, .jsonl or .parquet (also .gz), a directory of them, or a datasets id.")]
 
 
@@ -92,7 +120,7 @@ def progress_bar() -> Iterator[Any]:
 def _kind(what: str) -> str:
     """Task identity: what is being done, without the detail that changes from step to step."""
     first = what.split(" (")[0]
-    return "decompose" if first.startswith("decompose") else first
+    return next((kind for kind in ("decompose", "sensitivity", "fit") if first.startswith(kind)), first)
 
 
 def _announcer() -> Any:
@@ -105,6 +133,31 @@ def _announcer() -> Any:
             say(f"{kind} ...")
 
     return report
+
+
+def budget(params: str | None, ratio: float | None, macs: str | None, bytes_: str | None) -> Any:
+    """The budget asked for, or None. Raises InputError for more than one, or one that is no number."""
+    if params is None and ratio is None and macs is None and bytes_ is None:
+        return None
+    from kronfold.planner.budget import Budget
+
+    return Budget.parse(params, ratio, macs, bytes_)
+
+
+def calibration_or_own(texts: list[str] | None) -> list[str]:
+    """The given texts; without any, the prose that ships with the package, and a line that says so."""
+    if texts:
+        return texts
+    from kronfold import assets
+
+    say("No --calibration text: fitting to the documentation prose inside the package. Text like yours fits better.")
+    return [str(assets.heal_text())]
+
+
+def planner_changes(windows: int | None, structures: str | None) -> dict[str, Any]:
+    """Fields of a recipe's `auto` entry that the command changes."""
+    changes = {"windows": windows, "structures": structures.split(",") if structures else None}
+    return {key: value for key, value in changes.items() if value is not None}
 
 
 def prepare(device: str = "cpu", seed: int | None = None) -> str:

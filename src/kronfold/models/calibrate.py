@@ -205,9 +205,7 @@ def _part(progress: Progress | None, i: int, n: int) -> Callable[[int, int], Non
     return (lambda done, total: None) if progress is None else (lambda done, total: progress(what, done, total))
 
 
-def _check(
-    model: PreTrainedModel, windows: Tensor, blocks_per_pass: int | None, directory: str | Path | None
-) -> None:
+def _check(model: PreTrainedModel, windows: Tensor, blocks_per_pass: int | None, directory: str | Path | None) -> None:
     if windows.dim() != 2 or windows.shape[0] == 0 or windows.shape[1] < 2:
         raise DataError(
             f"Calibration needs windows (n, window) of at least 2 tokens; got {tuple(windows.shape)}. "

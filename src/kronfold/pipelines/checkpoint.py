@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from kronfold.base import results
 from kronfold.base.errors import OutputError
@@ -24,10 +24,13 @@ from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer, read_dtype
 from kronfold.models.surgery import read_specs
-from kronfold.pipelines.compress import Progress, compress_stage
+from kronfold.pipelines.auto import calibrate_on, fit_rows, settings_of
+from kronfold.pipelines.compress import plan
+from kronfold.pipelines.stage import Progress
 from kronfold.planner import planning
+from kronfold.planner.budget import Budget
 from kronfold.planner.plan import Plan
-from kronfold.planner.recipe import HealRecipe
+from kronfold.planner.recipe import AutoRecipe, HealRecipe, Recipe, load_recipe
 from kronfold.train.heal import HealResult, heal
 
 
@@ -36,7 +39,11 @@ def compress_to(
     output: str | Path,
     recipe: str,
     plan_path: str | None = None,
+    calibration: Sequence[str] = (),
+    budget: Budget | None = None,
     *,
+    changes: Mapping[str, Any] | None = None,
+    cache: str | Path | None = None,
     seed: int = 0,
     dtype: str | None = None,
     overwrite: bool = False,
@@ -44,19 +51,31 @@ def compress_to(
 ) -> dict[str, Any]:
     """Compress the checkpoint `model` by a recipe (or a saved plan) and save it with its tokenizer in `output`.
 
-    Returns the results document. Raises OutputError, RecipeError, CheckpointError, before anything is written.
+    Args:
+        calibration: texts to fit to; recipe `auto` needs one. budget: for `auto`.
+        changes: fields of the recipe's `auto` entry to change, such as `windows`.
+        cache: directory that keeps statistics and curves by content, None for none.
+
+    Returns the results document. Raises OutputError, RecipeError, CheckpointError, DataError, before anything is
+    written.
     """
     check_output(output, overwrite)
     saved_dtype = read_dtype(dtype) if dtype else None
     made = Plan.load(plan_path) if plan_path else None
     teacher = load_model(model)
     tokenizer = load_tokenizer(model)
-    made = made or planning.plan(teacher, recipe)
-    planning.check_plan(made, teacher)
     started, before, stages = time.monotonic(), cost(teacher), []
+    settings = settings_of(None if made else recipe, changes)
+    found = None
+    if calibration:
+        found = calibrate_on(teacher, tokenizer, calibration, settings, seed=seed, cache=cache, progress=progress)
+    recipe_used = _changed(recipe, settings)
+    made = made or plan(teacher, recipe_used, found, budget=budget, errors=False, seed=seed, progress=progress)
+    planning.check_plan(made, teacher)
+    planned = time.monotonic() - started
     for stage in made.stages:
-        rows = compress_stage(teacher, stage.rows, seed=seed, progress=progress)
-        stages.append({"name": stage.name, "rows": [row.to_dict() for row in rows]})
+        stage.rows = fit_rows(teacher, stage.rows, found, sequential=settings.sequential, seed=seed, progress=progress)
+        stages.append({"name": stage.name, "rows": [row.to_dict() for row in stage.rows]})
     document = results.document(
         "compress",
         seed,
@@ -65,10 +84,42 @@ def compress_to(
         teacher=before.to_dict(),
         **cost(teacher).to_dict(),
         stages=stages,
-        decompose_seconds=round(time.monotonic() - started, 2),
+        budget=made.budget,
+        calibration={"texts": [Path(text).name for text in calibration], **found.to_dict()} if found else None,
+        plan_seconds=round(planned, 2),
+        decompose_seconds=round(time.monotonic() - started - planned, 2),
     )
     save_checkpoint(teacher, tokenizer, model, output, document, saved_dtype, overwrite)
     return document
+
+
+def make_plan(
+    subject: PreTrainedModel | PretrainedConfig,
+    recipe: str,
+    calibration: Sequence[str] = (),
+    budget: Budget | None = None,
+    *,
+    source: str = "",
+    changes: Mapping[str, Any] | None = None,
+    errors: bool = True,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """`plan` with texts by name: for `auto`, calibrate on them with the tokenizer beside `source`."""
+    settings = settings_of(recipe, changes)
+    found = None
+    if calibration and isinstance(subject, PreTrainedModel):
+        tokenizer = load_tokenizer(source)
+        found = calibrate_on(subject, tokenizer, calibration, settings, seed=seed, cache=cache, progress=progress)
+    used = _changed(recipe, settings)
+    return plan(subject, used, found, budget=budget, errors=errors, seed=seed, progress=progress)
+
+
+def _changed(recipe: str, settings: AutoRecipe) -> Recipe:
+    """The recipe with its `auto` entry, if it has one, as the command wants it."""
+    loaded = load_recipe(recipe)
+    return loaded.model_copy(update={"auto": settings}) if loaded.auto else loaded
 
 
 def heal_to(

@@ -1,46 +1,71 @@
-"""Carry out a plan: fit every row, then swap the modules in. `compress` works on a copy, `compress_stage` in place."""
+"""The Python entry points: `plan` says what will happen, `compress` does it on a copy of the model."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from kronfold.base.errors import InputError
-from kronfold.export.quantizer import attach
-from kronfold.models.linear_view import sites
-from kronfold.models.surgery import replace_modules
-from kronfold.pipelines.placement import fit_row, place_embedding, place_linear
+from kronfold.base.errors import InputError, RecipeError
+from kronfold.models.calibrate import fingerprint
+from kronfold.models.load import load_tokenizer
+from kronfold.pipelines.auto import calibrate_on, fit_rows, plan_auto
+from kronfold.pipelines.calibration import Calibration
+from kronfold.pipelines.stage import Progress, compress_stage
 from kronfold.planner import planning
-from kronfold.planner.plan import Plan, PlanRow
-from kronfold.planner.recipe import Recipe
+from kronfold.planner.budget import Budget
+from kronfold.planner.plan import Plan
+from kronfold.planner.recipe import AutoRecipe, Recipe, load_recipe
 
-Progress = Callable[[str, int, int], None]  # (what is being done, done, total)
+Text = str | Path | Sequence[str | Path] | Tensor | Calibration
 
 
 def plan(
     model_or_config: PreTrainedModel | PretrainedConfig,
     recipe: str | Recipe,
+    calibration: Text | None = None,
     *,
+    budget: Budget | None = None,
+    tokenizer: Any = None,
     errors: bool = True,
     seed: int = 0,
+    cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """What a recipe does to a model: sites, specs, exact counts. Nothing is changed.
 
     Args:
-        model_or_config: a causal language model, or just its config.
+        model_or_config: a causal language model, or just its config (recipes with an `auto` entry need the model).
         recipe: name of a shipped recipe, path of a YAML file, or a Recipe.
-        errors: with weights at hand, also fit them and give the relative errors (on a copy).
+        calibration: for recipes with an `auto` entry, as in `compress`.
+        budget: for recipes with an `auto` entry; default: the recipe's target_ratio.
+        errors: with weights at hand, also fit them and give the relative errors (on a copy); not for `auto`.
+        cache: directory that keeps statistics and curves by content; None keeps nothing.
 
-    Raises RecipeError: the recipe does not fit the model; all faults at once.
+    Raises RecipeError: the recipe does not fit the model, all faults at once; a budget for a recipe that has shapes of
+    its own. InputError: `auto` without weights or text.
     """
+    recipe = load_recipe(recipe)
+    has_weights = isinstance(model_or_config, PreTrainedModel) and model_or_config.device.type != "meta"
+    if recipe.auto is not None:
+        if not has_weights:
+            raise InputError(
+                f"Recipe {recipe.name!r} plans from weights and text, and this is only a config. Give a model with "
+                "weights, or a recipe of fixed shapes such as tqcompressor."
+            )
+        found = _calibration(model_or_config, calibration, recipe.auto, tokenizer, seed, cache, progress)
+        return plan_auto(model_or_config, found, recipe.auto, budget, heal=recipe.stages[0].heal, progress=progress)
+    if budget is not None:
+        raise RecipeError(
+            f"Recipe {recipe.name!r} has fixed shapes, so it cannot be given a budget. Use --recipe auto, or a recipe "
+            "with an auto entry."
+        )
     made = planning.plan(model_or_config, recipe)
-    if errors and isinstance(model_or_config, PreTrainedModel) and model_or_config.device.type != "meta":
+    if errors and has_weights:
         scratch = copy.deepcopy(model_or_config)
         for stage in made.stages:
             stage.rows = compress_stage(scratch, stage.rows, seed=seed, progress=progress)
@@ -49,10 +74,13 @@ def plan(
 
 def compress(
     model: PreTrainedModel,
-    recipe_or_plan: str | Recipe | Plan,
-    calibration: Any = None,
+    recipe_or_plan: str | Recipe | Plan = "auto",
+    calibration: Text | None = None,
     *,
+    budget: Budget | None = None,
+    tokenizer: Any = None,
     seed: int = 0,
+    cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """A compressed copy of `model`: the same class, structured modules in place, ready to heal and to save.
@@ -60,46 +88,56 @@ def compress(
     Args:
         model: a causal language model with weights; unchanged.
         recipe_or_plan: a recipe (name, file, object), or a plan made for this model. All its stages are carried out.
-        calibration: text for data-aware structures. No structure of this version uses any.
-        seed: of the permutation search.
+        calibration: text to fit to: a path or datasets id, several of them, token windows (n, window), or what
+            `calibrate_on` returned. `auto` needs it; any other recipe is fitted to the weights alone without it.
+        budget: for `auto`, e.g. `Budget.parse(params="81M")`; default: 65 % of the held parameters.
+        tokenizer: reads the calibration text; default: the one beside the model.
+        seed: of the permutation search and of the calibration windows.
+        cache: directory that keeps calibration statistics and curves by content; None keeps nothing.
 
     Raises:
-        RecipeError: recipe or plan does not fit the model. ShapeError, InputError: a weight that cannot be fitted
-            (NaN, infinite, zero). The given model is unchanged in every case.
+        RecipeError: recipe or plan does not fit the model. DataError: calibration text missing or too short.
+        ShapeError, InputError: a weight that cannot be fitted (NaN, infinite, zero), statistics of another model, a
+            budget below the floor or above the dense model. The given model is unchanged in every case.
     """
-    if calibration is not None:
-        raise InputError("No structure of this version is fitted to data; leave calibration out.")
-    made = recipe_or_plan if isinstance(recipe_or_plan, Plan) else planning.plan(model, recipe_or_plan)
+    ready = isinstance(recipe_or_plan, Plan)
+    recipe = None if isinstance(recipe_or_plan, Plan) else load_recipe(recipe_or_plan)
+    settings = (recipe.auto if recipe else None) or AutoRecipe.model_validate({})
+    planned = recipe is not None and recipe.auto is not None
+    found = None
+    if planned or calibration is not None:
+        found = _calibration(model, calibration, settings, tokenizer, seed, cache, progress)
+    if planned and found is not None:
+        made = plan_auto(model, found, settings, budget, progress=progress)
+    elif budget is not None:
+        raise RecipeError("A plan or a recipe of fixed shapes cannot be given a budget; use recipe auto.")
+    else:
+        made = recipe_or_plan if ready else planning.plan(model, recipe)  # type: ignore[assignment, arg-type]
     planning.check_plan(made, model)
     student = copy.deepcopy(model)
     for stage in made.stages:
-        compress_stage(student, stage.rows, seed=seed, progress=progress)
+        fit_rows(student, stage.rows, found, sequential=settings.sequential, seed=seed, progress=progress)
     return student
 
 
-def compress_stage(
-    model: PreTrainedModel, rows: list[PlanRow], *, seed: int = 0, progress: Progress | None = None
-) -> list[PlanRow]:
-    """Fit the rows of one stage and swap them into `model`, in place. Returns the rows with their errors filled in.
-
-    All fits are done before the first module is swapped. Raises RecipeError when a row does not fit the model.
-    """
-    views = sites(model)
-    planning.check_rows(views, rows)
-    modules: dict[str, nn.Module] = {}
-    done = []
-    for i, row in enumerate(rows):
-        if progress:
-            progress(row.name, i, len(rows))
-        view = views[row.name]
-        fit, plain_error = fit_row(view.weight(), row, seed)
-        if view.kind == "embedding":
-            place_embedding(model, modules, view, row, fit)
-        else:
-            place_linear(modules, view, row, fit)
-        done.append(replace(row, relative_error=fit.relative_error, relative_error_plain=plain_error))
-    if progress:
-        progress("", len(rows), len(rows))
-    replace_modules(model, modules)
-    attach(model)
-    return done
+def _calibration(
+    model: Any,
+    text: Text | None,
+    settings: AutoRecipe,
+    tokenizer: Any,
+    seed: int,
+    cache: str | Path | None,
+    progress: Progress | None,
+) -> Calibration:
+    if isinstance(text, Calibration):
+        text.statistics.check_model(fingerprint(model))
+        return text
+    if text is None:
+        raise InputError(
+            "Recipe auto fits to data and needs calibration text like the model will see: --calibration FILE (or "
+            "calibration= in Python). About 128 windows of 1,024 tokens are enough."
+        )
+    if not isinstance(text, Tensor) and tokenizer is None:
+        tokenizer = load_tokenizer(model.config.name_or_path)
+    sources = [text] if isinstance(text, str | Path) else text
+    return calibrate_on(model, tokenizer, sources, settings, seed=seed, cache=cache, progress=progress)

@@ -29,7 +29,8 @@ from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer
 from kronfold.pipelines.checkpoint import heal_by
-from kronfold.pipelines.compress import compress, compress_stage
+from kronfold.pipelines.compress import compress
+from kronfold.pipelines.stage import compress_stage
 from kronfold.pipelines.steps import StepBook
 from kronfold.planner import planning
 from kronfold.planner.recipe import HealRecipe, Recipe, load_recipe

@@ -20,7 +20,19 @@ from kronfold.planner.planning import check_rows, name_of_tied_head, skeleton_of
 from kronfold.planner.recipe import HealRecipe
 from kronfold.planner.sensitivity import SiteCurve, Unit, embedding_spec
 
-_SUFFIXES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SUFFIXES = {
+    "": 1,
+    "k": 1e3,
+    "m": 1e6,
+    "g": 1e9,
+    "b": 1e9,
+    "kb": 1e3,
+    "mb": 1e6,
+    "gb": 1e9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}
 _COUNTED = {"params": "held_parameters", "macs": "macs_per_token", "bytes": "bytes_fp16"}
 
 

@@ -70,19 +70,39 @@ class CompressRecipe(_Strict):
         return [value] if isinstance(value, str) else value
 
 
+class AutoRecipe(_Strict):
+    """How the planner calibrates and chooses; its plan takes the place of `compress` entries.
+
+    Attributes:
+        target_ratio: held parameters as a share of the dense model's, unless the command names a budget.
+        structures: what sites may become: low_rank, kronecker.
+        windows: calibration windows the layers are fitted on. window: their length in tokens (at most the context).
+        gradient_windows: how many of them are also run backwards, for the sensitivities.
+        sequential: fit each layer to the inputs that the compressed layers before it produce.
+    """
+
+    target_ratio: float = Field(0.65, gt=0, lt=1)
+    structures: Annotated[list[str], Field(min_length=1)] = ["low_rank"]
+    windows: int = Field(128, gt=0)
+    window: int = Field(1024, gt=1)
+    gradient_windows: int = Field(16, gt=0)
+    sequential: bool = True
+
+
 class StageRecipe(_Strict):
-    """One step of the progressive pipeline."""
+    """One step of the progressive pipeline. `compress` stays empty in a recipe that the planner fills in."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
-    compress: Annotated[list[CompressRecipe], Field(min_length=1)]
+    compress: list[CompressRecipe] = []
     heal: HealRecipe | None = None
 
 
 class Recipe(_Strict):
-    """A named list of stages."""
+    """A named list of stages. With `auto` there is one stage, and the planner says what is compressed in it."""
 
     name: str
     description: str = ""
+    auto: AutoRecipe | None = None
     stages: Annotated[list[StageRecipe], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -90,6 +110,10 @@ class Recipe(_Strict):
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stage names must differ, found {names}")
+        if self.auto and (len(self.stages) > 1 or self.stages[0].compress):
+            raise ValueError("with auto there must be one stage, without compress entries")
+        if not self.auto and not all(stage.compress for stage in self.stages):
+            raise ValueError("every stage needs compress entries, or the recipe an auto entry")
         return self
 
     def with_heal_tokens(self, total: int | None) -> Recipe:

@@ -16,10 +16,12 @@ Document = Mapping[str, Any]
 _REQUIRED = {
     "run": ("model", "recipe", "protocol", "teacher", "held_parameters", "stages"),
     "plan": ("held_parameters", "teacher_parameters", "rows"),
+    "plan-diff": ("a", "b", "rows"),
 }
 _WRITTEN_BY = {
     "run": "the results.json that `kronfold run` or `kronfold demo` wrote",
     "plan": "the document that `kronfold plan --json` prints",
+    "plan-diff": "the document that `kronfold plan --diff A B --json` prints",
 }
 
 

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -15,15 +14,8 @@ from rich.text import Text
 
 from kronfold.report import numbers
 from kronfold.report.document import Document, check_document, matrices, measured, plain_stages, short_names
-
-
-def _table(title: str, columns: Sequence[str], numeric_from: int) -> Table:
-    """A light table; columns from `numeric_from` on hold numbers and never wrap."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(columns):
-        number = index >= numeric_from
-        table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
-    return table
+from kronfold.report.plans import budget_tables
+from kronfold.report.simple_table import simple_table
 
 
 def run_summary(results: Document) -> RenderableType:
@@ -48,7 +40,7 @@ def run_summary(results: Document) -> RenderableType:
 
 def _samples(results: Document) -> Table:
     """What each model writes after the same prompt, on as few lines as it takes."""
-    table = _table("Text samples", ["Model", "Text"], 2)
+    table = simple_table("Text samples", ["Model", "Text"], 2)
     for sample in results["samples"]:
         table.add_row(Text(str(sample["who"])), Text(" ".join(str(sample["text"]).split())))
     return table
@@ -56,7 +48,7 @@ def _samples(results: Document) -> Table:
 
 def _sizes(results: Document) -> Table:
     teacher = results["teacher"]
-    table = _table(
+    table = simple_table(
         f"{escape(str(results['model']))} · {escape(str(results['recipe'].get('name')))}",
         ["", "Teacher", "Compressed", "Of teacher", ""],
         1,
@@ -75,7 +67,7 @@ def _sizes(results: Document) -> Table:
 
 
 def _controls(results: Document) -> Table:
-    table = _table(
+    table = simple_table(
         f"Perplexity, protocol {escape(numbers.protocol_short(results['protocol']))}",
         ["Model", "Held parameters", "Tokens trained", "Perplexity", "Excess"],
         1,
@@ -93,7 +85,7 @@ def _controls(results: Document) -> Table:
 
 
 def _stages(results: Document) -> Table:
-    table = _table("Stages", ["Stage", "Before", "Healed", "Tokens", "Compressing", "Healing"], 1)
+    table = simple_table("Stages", ["Stage", "Before", "Healed", "Tokens", "Compressing", "Healing"], 1)
     for mark, stages in (("", results["stages"]), (" (plain Kronecker)", plain_stages(results))):
         for stage in stages:
             table.add_row(
@@ -108,7 +100,7 @@ def _stages(results: Document) -> Table:
 
 
 def _matrices(results: Document) -> Table:
-    table = _table("Replaced matrices", ["Matrix", "Structure", "Held", "Relative error", "Plain"], 2)
+    table = simple_table("Replaced matrices", ["Matrix", "Structure", "Held", "Relative error", "Plain"], 2)
     for matrix in matrices(results):
         row = matrix.row
         table.add_row(
@@ -128,6 +120,8 @@ def plan_table(plan: Document) -> RenderableType:
         InputError: the document is not a plan of a version this kronfold reads.
     """
     check_document(plan, "plan")
+    if plan.get("budget"):
+        return Group(budget_tables(plan), _plan_totals(plan))
     rows: list[Document] = list(plan["rows"])
     short = short_names(row["name"] for row in rows)
     groups: dict[tuple[Any, ...], list[Document]] = {}
@@ -136,7 +130,9 @@ def plan_table(plan: Document) -> RenderableType:
         pattern = re.sub(r"\d+", "#", row["name"], count=1)
         groups.setdefault((*(row.get(k) for k in key), str(row.get("spec")), pattern), []).append(row)
     fitted = any(row.get("relative_error") is not None for row in rows)  # a bare config has no errors to show
-    table = _table("Plan", ["Matrix", "Rank x A⊗B", "Held", "Teacher", *(["Relative error"] if fitted else [])], 2)
+    table = simple_table(
+        "Plan", ["Matrix", "Rank x A⊗B", "Held", "Teacher", *(["Relative error"] if fitted else [])], 2
+    )
     heading = None
     for (stage, structure, *_), members in groups.items():
         if heading != (heading := f"{stage} · {structure}"):
@@ -172,7 +168,7 @@ def _error_range(errors: Sequence[Any]) -> str:
 
 
 def _plan_totals(plan: Document) -> Table:
-    table = _table("", ["", "Teacher", "Planned", "Of teacher", ""], 1)
+    table = simple_table("", ["", "Teacher", "Planned", "Of teacher", ""], 1)
     for title, key in (
         ("Held parameters", "held_parameters"),
         ("Multiply-accumulates per token", "macs_per_token"),

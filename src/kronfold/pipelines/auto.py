@@ -1,0 +1,130 @@
+"""The `auto` recipe: calibrate, plan for a budget, fit to data. Healing is the next stage's business (`progressive`)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kronfold.base.errors import RecipeError
+from kronfold.data.calibration import calibration_windows
+from kronfold.export.quantizer import attach
+from kronfold.models.surgery import read_specs
+from kronfold.pipelines.calibration import Calibration, calibrated
+from kronfold.pipelines.sequential import compress_sequentially
+from kronfold.pipelines.stage import compress_stage
+from kronfold.planner.budget import Budget, plan_for_budget
+from kronfold.planner.plan import Plan, PlanRow
+from kronfold.planner.recipe import AutoRecipe, HealRecipe, Recipe, load_recipe, validate
+
+Progress = Callable[[str, int, int], None]
+
+
+def settings_of(recipe: str | Recipe | None, changes: Mapping[str, Any] | None = None) -> AutoRecipe:
+    """The `auto` entry of a recipe (the default one where it has none) with some fields changed.
+
+    Raises RecipeError: a field that is not there, or a value that is not allowed.
+    """
+    own = load_recipe(recipe).auto if recipe is not None else None
+    known = own.model_dump() if own else {}
+    return validate(AutoRecipe, {**known, **(changes or {})}, "These options")  # type: ignore[no-any-return]
+
+
+def calibrate_on(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    sources: Sequence[str | Path] | Tensor,
+    settings: AutoRecipe,
+    *,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Draw windows from the texts (or take the given ones) and measure `model` on them.
+
+    Raises DataError: a text too short (what it holds is named); and as `calibrate`.
+    """
+    context = getattr(model.config, "max_position_embeddings", None) or settings.window
+    if isinstance(sources, Tensor):
+        windows = sources
+    else:
+        window = min(settings.window, context)
+        windows = calibration_windows(sources, tokenizer, count=settings.windows, window=window, seed=seed)
+    return calibrated(
+        model,
+        windows,
+        gradient_windows=settings.gradient_windows,
+        all_windows=not settings.sequential,
+        seed=seed,
+        cache=cache,
+        progress=progress,
+    )
+
+
+def plan_auto(
+    model: PreTrainedModel,
+    calibration: Calibration,
+    settings: AutoRecipe,
+    budget: Budget | None = None,
+    *,
+    heal: HealRecipe | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """The plan of least predicted loss for `budget` (default: the recipe's `target_ratio`).
+
+    Raises RecipeError for a model that is already structured, and as `plan_for_budget`.
+    """
+    if read_specs(model):
+        raise RecipeError(
+            "The planner starts from a dense model, and this one holds structured layers already. Plan from the "
+            "original, or fold this one first: kronfold.to_dense(model)."
+        )
+    curves = calibration.curves(model, settings.structures, progress)
+    return plan_for_budget(model, curves, budget or Budget("params", ratio=settings.target_ratio), heal=heal)
+
+
+def fit_rows(
+    model: PreTrainedModel,
+    rows: list[PlanRow],
+    calibration: Calibration | None,
+    *,
+    sequential: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[PlanRow]:
+    """Fit rows and swap them into `model`, in place: to its weights alone, or to data when there is any.
+
+    `sequential`: fit each layer to what the compressed layers before it produce; else to the dense model's inputs.
+    Returns the rows with their errors.
+    """
+    if calibration is None:
+        return compress_stage(model, rows, seed=seed, progress=progress)
+    if sequential:
+        return compress_sequentially(
+            model, rows, calibration.statistics, calibration.windows, seed=seed, progress=progress
+        )
+    return compress_stage(model, rows, seed=seed, statistics=calibration.statistics, progress=progress)
+
+
+def auto(
+    model: PreTrainedModel,
+    calibration: Calibration,
+    settings: AutoRecipe,
+    budget: Budget | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[PreTrainedModel, Plan]:
+    """A compressed copy of `model` that meets the budget, and the plan it was made by."""
+    made = plan_auto(model, calibration, settings, budget, progress=progress)
+    student = copy.deepcopy(model)
+    stage = made.stages[0]
+    stage.rows = fit_rows(
+        student, stage.rows, calibration, sequential=settings.sequential, seed=seed, progress=progress
+    )
+    attach(student)
+    return student, made

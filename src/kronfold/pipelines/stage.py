@@ -1,0 +1,65 @@
+"""Fit the rows of one stage to the weights, and to statistics of the dense model where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kronfold.export.quantizer import attach
+from kronfold.models.linear_view import LinearView, sites
+from kronfold.models.statistics import Statistics
+from kronfold.models.surgery import replace_modules
+from kronfold.pipelines.placement import fit_row, place_embedding, place_linear
+from kronfold.planner import planning
+from kronfold.planner.plan import PlanRow
+
+Progress = Callable[[str, int, int], None]  # (what is being done, done, total)
+
+
+def compress_stage(
+    model: PreTrainedModel,
+    rows: list[PlanRow],
+    *,
+    seed: int = 0,
+    statistics: Statistics | None = None,
+    progress: Progress | None = None,
+) -> list[PlanRow]:
+    """Fit the rows of one stage and swap them into `model`, in place. Returns the rows with their errors filled in.
+
+    `statistics`: of the dense model, to fit under; biases then take up what the fit leaves of the mean output.
+
+    All fits are done before the first module is swapped. Raises RecipeError when a row does not fit the model.
+    """
+    views = sites(model)
+    planning.check_rows(views, rows)
+    modules: dict[str, nn.Module] = {}
+    done = []
+    for i, row in enumerate(rows):
+        if progress:
+            progress(row.name, i, len(rows))
+        view = views[row.name]
+        weighting = statistics.weighting(view) if statistics else None
+        fit, plain_error = fit_row(view.weight(), row, seed, weighting)
+        if view.kind == "embedding":
+            place_embedding(model, modules, view, row, fit)
+        else:
+            place_linear(modules, view, row, fit, _refitted_bias(view, fit, statistics))
+        done.append(replace(row, relative_error=fit.relative_error, relative_error_plain=plain_error))
+    if progress:
+        progress("", len(rows), len(rows))
+    replace_modules(model, modules)
+    attach(model)
+    return done
+
+
+def _refitted_bias(view: LinearView, fit: Any, statistics: Statistics | None) -> Tensor | None:
+    """The bias with which the mean output on the calibration text stays what it was; None leaves it alone."""
+    bias = view.bias()
+    if statistics is None or bias is None:
+        return None
+    mean = statistics.input_moments(view.module_name)[1].double()
+    return bias.double().cpu() + (view.weight().double().cpu() - fit.to_dense()) @ mean
