@@ -54,7 +54,9 @@ def plan(
     """Show what a recipe does to a model: every matrix, exact counts, nothing changed. Works on config:gpt2."""
     from kronfold.base.files import check_output, write_json
     from kronfold.models.load import load_config, load_model
+    from kronfold.models.recognised import recognised
     from kronfold.pipelines.compress import plan as make_plan
+    from kronfold.planner.planning import skeleton_of
     from kronfold.report.tables import plan_table
 
     t.prepare(seed=seed)
@@ -65,9 +67,12 @@ def plan(
         subject = load_model(source) if errors and not source.startswith("config:") else load_config(source)
         made = make_plan(subject, recipe, errors=errors, seed=seed, progress=_decomposing(report))
     document = made.to_dict()
+    parts = recognised(skeleton_of(subject))
+    if parts.generic:
+        document["recognised"] = parts.to_dict()
     if output:
         write_json(output, document)
-    t.emit(document, json, plan_table(document))
+    t.emit(document, json, plan_table(document), *([parts.lines()] if parts.generic else []))
 
 
 def compress(

@@ -88,6 +88,7 @@ def inspect(model: t.Model, json: t.Json = False) -> None:
     from kronfold.base import results
     from kronfold.models.cost import cost
     from kronfold.models.load import load_config, load_model
+    from kronfold.models.recognised import recognised
     from kronfold.models.surgery import read_specs
     from kronfold.planner.planning import skeleton_of
 
@@ -95,6 +96,7 @@ def inspect(model: t.Model, json: t.Json = False) -> None:
     source = t.resolve_model(model)
     subject = skeleton_of(load_config(source)) if source.startswith("config:") else load_model(source, dtype="auto")
     specs = read_specs(subject)
+    parts = recognised(subject)
     document = results.document(
         "inspect",
         None,
@@ -103,6 +105,7 @@ def inspect(model: t.Model, json: t.Json = False) -> None:
         dtype=str(subject.dtype).removeprefix("torch."),
         **cost(subject).to_dict(),
         modules=specs,
+        recognised=parts.to_dict(),
     )
     table = Table("module", "structure", "spec", title=f"{model}: {len(specs)} structured modules")
     for name, spec in specs.items():
@@ -113,7 +116,8 @@ def inspect(model: t.Model, json: t.Json = False) -> None:
         f"{document['macs_per_token']:,} multiply-accumulates per token, "
         f"{document['bytes_fp16']:,} bytes at fp16, {document['bytes_fp32']:,} at fp32, stored as {document['dtype']}"
     )
-    t.emit(document, json, *([table] if specs else ["No structured modules: a dense model."]), sizes)
+    shown = [table] if specs else ["No structured modules: a dense model."]
+    t.emit(document, json, *shown, sizes, *([parts.lines()] if parts.generic else []))
 
 
 def validate(

@@ -17,9 +17,10 @@ from kronfold.nn import TiedHead
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """A plain transformers model with the same logits (to rounding). The given model is unchanged.
 
-    Raises InputError for an unknown model family.
+    Raises InputError for a model of which nothing is recognised.
     """
-    family = family_of(model.config)
+    family = family_of(model)
+    head_follows = family.head is not None and isinstance(model.get_submodule(family.head), TiedHead)
     dense = copy.deepcopy(model)
     for attribute in ("hf_quantizer", "quantization_method", "_tied_weights_keys", "all_tied_weights_keys"):
         dense.__dict__.pop(attribute, None)
@@ -30,11 +31,11 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     views = sites(model)
     plain: dict[str, nn.Module] = {}
     for name in read_specs(model):
-        if name == family.head:
+        if name == family.head and head_follows:
             continue
         own = [view for view in views.values() if view.module_name == name]
         plain[name] = _materialise(skeleton.get_submodule(name), model.get_submodule(name), own)
-    if isinstance(model.get_submodule(family.head), TiedHead):
+    if family.head is not None and head_follows:
         head = skeleton.get_submodule(family.head)
         head.weight = plain[family.embedding].weight
         plain[family.head] = head

@@ -131,20 +131,26 @@ def _for_class(model: PreTrainedModel, specs: dict[str, Any]) -> dict[str, Any]:
     modules = dict(model.named_modules())
     prefix = type(model).base_model_prefix + "."
     has_body = any(name.startswith(prefix) for name in modules)
+    headless = model.get_output_embeddings() is None
     renamed = {}
     for name, spec in specs.items():
         own = name.removeprefix(prefix) if not has_body else name
-        if spec.get("structure") == "tied_head" and own not in modules:
-            continue
+        if headless and own not in modules and not name.startswith(prefix):
+            continue  # the LM head, which this class lacks
         renamed[own] = spec
     return renamed
 
 
 def _mark_initialised(model: PreTrainedModel, specs: dict[str, Any]) -> None:
-    """Keep transformers from initialising what the checkpoint holds: its rules reach into parents for `.weight`."""
+    """Keep transformers from initialising what the checkpoint holds: its rules reach into parents for `.weight`.
+
+    A parent with buffers that no checkpoint holds (GPT-Neo's causal masks) needs its rule, which works them out anew.
+    """
     for name in specs:
-        if parent := name.rpartition(".")[0]:
-            model.get_submodule(parent)._is_hf_initialized = True
+        parent_name = name.rpartition(".")[0]
+        parent = model.get_submodule(parent_name)
+        if parent_name and not parent._non_persistent_buffers_set:
+            parent._is_hf_initialized = True
         for module in model.get_submodule(name).modules():
             module._is_hf_initialized = True
 

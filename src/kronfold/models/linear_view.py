@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kronfold.models.families import Family, family_of
-from kronfold.nn import FactorizedEmbedding, FusedLinear, GroupedEmbedding, StructuredLinear
+from kronfold.nn import FactorizedEmbedding, FusedLinear, GroupedEmbedding, StructuredLinear, TiedHead
 
 DENSE_LINEAR = (nn.Linear, Conv1D)
 
@@ -33,6 +33,7 @@ class LinearView:
         rows: the outputs of `module` this weight gives, as (start, stop).
         block: 0-based block index, or None outside the blocks.
         part_names: names of all parts of the fused layer, empty for any other.
+        role: what it does in the model (`families.ROLES`), None where that is not known.
     """
 
     name: str
@@ -43,6 +44,7 @@ class LinearView:
     rows: tuple[int, int]
     block: int | None
     part_names: tuple[str, ...] = ()
+    role: str | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -111,30 +113,50 @@ def out_features(module: nn.Module) -> int:
 def sites(model: PreTrainedModel) -> dict[str, LinearView]:
     """All compressible weights of a model by site name, in model order. Works on the meta device.
 
-    The LM head is no site of its own: tied it follows the embedding, untied it stays as it is.
-    Raises InputError for an unknown model family.
+    A tied LM head is no site of its own, it follows the embedding; an untied one is a linear site outside the blocks.
+    Raises InputError for a model of which nothing is recognised.
     """
-    return {view.name: view for view in _walk(model, family_of(model.config))}
+    return {view.name: view for view in _walk(model, family_of(model))}
+
+
+def is_tied(model: PreTrainedModel, family: Family) -> bool:
+    """Whether the LM head reads the token embedding's numbers."""
+    if family.head is None:
+        return False
+    head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
+    weight = getattr(head, "weight", None)
+    return isinstance(head, TiedHead) or (weight is not None and weight is getattr(embedding, "weight", None))
+
+
+def does_more(module: nn.Module) -> bool:
+    """Whether an embedding or linear layer of a subclass computes something else than the stock one does (a scaled
+    embedding, an adapter), so that replacing it by its weight would lose that."""
+    stock = next((cls for cls in (nn.Embedding, *DENSE_LINEAR) if isinstance(module, cls)), None)
+    return stock is not None and type(module).forward is not stock.forward
 
 
 def _walk(model: PreTrainedModel, family: Family) -> Iterator[LinearView]:
     inside: tuple[str, ...] = ()
+    tied = is_tied(model, family)
+    # A bias of a tied head has no place in a TiedHead; such an embedding stays as it is.
+    keeps_embedding = tied and getattr(model.get_submodule(family.head or ""), "bias", None) is not None
     for name, module in model.named_modules():
-        if name == family.head or (inside and name.startswith(inside)):
+        if (tied and name == family.head) or does_more(module) or (inside and name.startswith(inside)):
             continue
-        block = family.block_index(name)
+        block, role = family.block_index(name), family.role(name)
         if name == family.embedding:
             inside = (*inside, name + ".")
-            yield LinearView(name, "embedding", module, name, None, (0, vocabulary_of(module)), block)
+            if not keeps_embedding:
+                rows = (0, vocabulary_of(module))
+                yield LinearView(name, "embedding", module, name, None, rows, block, role=role)
         elif isinstance(module, (*DENSE_LINEAR, FusedLinear, StructuredLinear)):
             inside = (*inside, name + ".")
             parts = family.parts_of(name)
             width = out_features(module)
             if parts is None:
-                yield LinearView(name, "linear", module, name, None, (0, width), block)
+                yield LinearView(name, "linear", module, name, None, (0, width), block, role=role)
                 continue
             step = width // len(parts)
             for i, part in enumerate(parts):
-                yield LinearView(
-                    f"{name}.{part}", "linear", module, name, part, (i * step, (i + 1) * step), block, parts
-                )
+                rows = (i * step, (i + 1) * step)
+                yield LinearView(f"{name}.{part}", "linear", module, name, part, rows, block, parts, role)

@@ -97,7 +97,7 @@ def _build(
     source = model.get_submodule(name)
     structure = spec["structure"]
     if structure == "tied_head":
-        embedding_name = family_of(model.config).embedding
+        embedding_name = family_of(model).embedding
         embedding = (built or {}).get(embedding_name, model.get_submodule(embedding_name))
         if built is not None and not isinstance(embedding, STRUCTURED_EMBEDDING):
             raise CheckpointError(f"a tied_head needs a structured embedding at {embedding_name}")
@@ -122,7 +122,7 @@ def _build(
 def _build_fused(
     model: PreTrainedModel, name: str, source: nn.Module, spec: Mapping[str, Any], where: dict[str, Any]
 ) -> FusedLinear:
-    expected = family_of(model.config).parts_of(name)
+    expected = family_of(model).parts_of(name)
     if expected is None or set(spec["parts"]) != set(expected):
         raise CheckpointError(f"parts {list(spec['parts'])} do not match this layer's parts {list(expected or ())}")
     rows = out_features(source) // len(expected)

@@ -125,6 +125,17 @@ class FactorizedEmbedding(nn.Module):
         """Multiply-accumulates of the logits of one token."""
         return self.weight.shape[1] * (self.embedding_dim + self.num_embeddings)
 
+    def permute_outputs(self, perm: Tensor) -> None:
+        """Reorder the columns of E in place; a head tied to it reorders its inputs alike. perm: (embedding_dim,)."""
+        perm = perm.to(self.weight.device)
+        if not self.levels:
+            with torch.no_grad():
+                self.weight.copy_(self.weight[:, perm])
+            return
+        outermost = self.levels[0]
+        gather = perm if outermost.gather is None else outermost.gather[perm]
+        outermost.gather = drop_identity(gather.int())
+
     def add_level(self, b: Tensor, perm: Tensor | None, weight: Tensor) -> FactorizedEmbedding:
         """A new module with one more (innermost) level: `self.weight[:, perm] ≈ Σ_k weight_k ⊗ b[k]`.
 

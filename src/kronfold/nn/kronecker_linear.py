@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -128,6 +129,23 @@ class KroneckerLinear(StructuredLinear):
         if self.gather_in is not None:
             weight = weight[:, torch.argsort(self.gather_in)]
         return weight
+
+    def permute_inputs(self, perm: Tensor) -> None:
+        """Reorder the input features in place: the layer then takes `x[..., perm]` where it took x. perm: (in,)."""
+        inverse = torch.argsort(perm.to(self.a.device))
+        gather = inverse if self.gather_in is None else inverse[self.gather_in.long()]
+        self.gather_in = drop_identity(gather.int())
+        self.spec = replace(self.spec, permute_in=self.gather_in is not None)
+
+    def permute_outputs(self, perm: Tensor) -> None:
+        """Reorder the output features in place, bias included: the layer then returns `y[..., perm]`. perm: (out,)."""
+        perm = perm.to(self.a.device)
+        gather = perm if self.gather_out is None else self.gather_out[perm]
+        self.gather_out = drop_identity(gather.int())
+        self.spec = replace(self.spec, permute_out=self.gather_out is not None)
+        if self.bias is not None:
+            with torch.no_grad():
+                self.bias.copy_(self.bias[perm])
 
     def macs_per_token(self) -> float:
         """Multiply-accumulates per token when many tokens share the call."""

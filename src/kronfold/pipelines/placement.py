@@ -72,9 +72,11 @@ def place_embedding(
     is_first = not isinstance(view.module, STRUCTURED_EMBEDDING)
     new = _embedding_with(view, row, fit)
     modules[view.module_name] = new
-    head_name = family_of(model.config).head
+    head_name = family_of(model).head
+    if head_name is None:
+        return
     head = model.get_submodule(head_name)
-    was_tied = isinstance(head, TiedHead) or (is_first and head.weight is view.module.weight)
+    was_tied = isinstance(head, TiedHead) or (is_first and getattr(head, "weight", None) is view.module.weight)
     if was_tied and row.spec["head"] == "tied":
         modules[head_name] = TiedHead(new)
     elif was_tied:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from kronfold.base.errors import KronfoldError, RecipeError, suggest
 from kronfold.models.cost import Cost, cost
-from kronfold.models.families import family_of
-from kronfold.models.linear_view import LinearView, sites
+from kronfold.models.families import empty_model, family_of
+from kronfold.models.linear_view import LinearView, is_tied, sites
 from kronfold.models.structures import STRUCTURES
 from kronfold.models.surgery import build_skeleton, read_specs
 from kronfold.planner.patterns import match
@@ -28,13 +27,10 @@ def skeleton_of(
     """
     is_config = isinstance(model_or_config, PretrainedConfig)
     config = model_or_config if is_config else model_or_config.config
-    content = config.to_dict()
-    stored = content.pop("quantization_config", None) or {}
     if specs is None:
+        stored = config.to_dict().get("quantization_config") or {}
         specs = stored.get("specs", {}) if is_config else read_specs(model_or_config)
-    plain = type(config).from_dict(content)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(plain)
+    skeleton = empty_model(config)
     build_skeleton(skeleton, specs)
     return skeleton
 
@@ -54,14 +50,14 @@ def plan(model_or_config: PreTrainedModel | PretrainedConfig, recipe: str | Reci
     skeleton = skeleton_of(model_or_config)
     teacher = cost(skeleton)
     specs = read_specs(skeleton)
-    ties = bool(getattr(skeleton.config, "tie_word_embeddings", False))
+    head = _tied_head(skeleton)
     stages: list[PlanStage] = []
     faults: list[str] = []
     for stage in recipe.stages:
         rows = _rows_of_stage(skeleton, stage.name, stage.compress, faults)
         stages.append(PlanStage(name=stage.name, rows=rows, heal=stage.heal))
         if not faults:
-            specs = specs_after(sites(skeleton), rows, specs, family_of(skeleton.config).head if ties else None)
+            specs = specs_after(sites(skeleton), rows, specs, head)
             skeleton = skeleton_of(model_or_config, specs)
     if faults:
         raise RecipeError(
@@ -110,7 +106,7 @@ def spec_of(row: PlanRow) -> Any:
 def check_plan(made: Plan, model_or_config: PreTrainedModel | PretrainedConfig) -> Cost:
     """What a (perhaps edited) plan makes of a model, counted anew. Raises RecipeError when it does not fit."""
     skeleton = skeleton_of(model_or_config)
-    head = family_of(skeleton.config).head if getattr(skeleton.config, "tie_word_embeddings", False) else None
+    head = _tied_head(skeleton)
     specs: Mapping[str, Any] = read_specs(skeleton)
     for stage in made.stages:
         views = sites(skeleton)
@@ -118,6 +114,11 @@ def check_plan(made: Plan, model_or_config: PreTrainedModel | PretrainedConfig) 
         specs = specs_after(views, stage.rows, specs, head)
         skeleton = skeleton_of(model_or_config, specs)
     return cost(skeleton)
+
+
+def _tied_head(skeleton: PreTrainedModel) -> str | None:
+    family = family_of(skeleton)
+    return family.head if is_tied(skeleton, family) else None
 
 
 def _rows_of_stage(
@@ -186,23 +187,28 @@ def specs_after(
         if row.spec["structure"] == "kronecker":
             module_spec |= {"permute_in": spec.searches_in, "permute_out": spec.searches_out}
         if view.kind == "embedding":
+            head_ties = _is_tied_head(specs.get(tied_head or ""))
+            may_tie = view.module_name not in before or head_ties
             if row.spec["structure"] == "kronecker":
                 level = {"block": spec.b[1], "rank": spec.rank, "permute": spec.searches_in}
                 levels = [*specs.get(view.module_name, {}).get("levels", []), level]
                 specs[view.module_name] = {"structure": "factorized_embedding", "levels": levels}
             else:
                 specs[view.module_name] = module_spec
-            may_tie = view.module_name not in before or tied_head in before
             if tied_head and row.spec["head"] == "tied" and may_tie:
                 specs[tied_head] = {"structure": "tied_head"}
-            elif tied_head:
-                specs.pop(tied_head, None)
+            elif tied_head and head_ties:
+                specs.pop(tied_head)
         elif view.part is None:
             specs[view.module_name] = module_spec
         else:
             fused = specs.setdefault(view.module_name, _dense_parts(views, view.module_name))
             fused["parts"][view.part] = module_spec
     return specs
+
+
+def _is_tied_head(spec: Mapping[str, Any] | None) -> bool:
+    return spec is not None and spec["structure"] == "tied_head"
 
 
 def _dense_parts(views: Mapping[str, LinearView], module_name: str) -> dict[str, Any]:

@@ -45,7 +45,8 @@ class CompressRecipe(_Strict):
     """What becomes of the sites whose names match.
 
     Attributes:
-        modules: name patterns (shell wildcards as in `*.mlp.c_fc`, or `re:` and a regular expression).
+        modules: name patterns (shell wildcards as in `*.mlp.c_fc`, or `re:` and a regular expression), or `role:` and
+            embedding, attention_in, attention_out, mlp_in, mlp_out or head, in any model family.
         blocks: all, odd, even (0-based index), or a list of indices. Only sites inside blocks are concerned.
         structure: name of a structure; the next four are for those that use them.
         block: Kronecker: (out_b, in_b), canonical orientation; the A factor follows from the weight's shape.
