@@ -18,18 +18,23 @@ from torch import Tensor
 from kronfold.base.errors import InputError, ShapeError
 from kronfold.base.specs import KroneckerSpec
 from kronfold.decompose.fit import Fit
+from kronfold.decompose.kronecker_als import weighted_fit
+from kronfold.decompose.weighting import Weighting
 from kronfold.ops import kronecker
 
 GRAM_SIZE = 1024  # a side of R(W) up to this size is solved through its Gram matrix
 CHUNK_NUMBERS = 1 << 22  # float64 numbers rearranged at a time (32 MiB)
 
 
-def nearest_kronecker(weight: Tensor, spec: KroneckerSpec) -> Fit:
+def nearest_kronecker(weight: Tensor, spec: KroneckerSpec, weighting: Weighting | None = None) -> Fit:
     """The best `Σ_k A_k ⊗ B_k` for `weight` in Frobenius norm; the permutation flags of `spec` are not used.
 
     Args:
         weight: (out_features, in_features), any floating dtype; worked on in float64 on the CPU.
         spec: shapes and rank.
+        weighting: what errors cost. With one, the best sum in Frobenius norm is where alternating least squares on
+            the weighted error starts from; the result is never worse, but a local optimum. Errors are then weighted,
+            by the damped moments that were solved with.
 
     Returns:
         Fit with `perm_in` and `perm_out` None. Terms come in falling order of size, each A_k and B_k with equal
@@ -37,11 +42,15 @@ def nearest_kronecker(weight: Tensor, spec: KroneckerSpec) -> Fit:
 
     Raises:
         ShapeError: the weight is not a matrix of the spec's shape.
-        InputError: the weight holds NaN or infinities, or only zeros.
+        InputError: the weight holds NaN or infinities, or only zeros. Both also as `Weighting.checked` does.
 
     Source: C. F. Van Loan and N. Pitsianis, "Approximation with Kronecker products", 1993, theorem 2.1.
     """
-    return nearest_kronecker_batch([weight], spec)[0]
+    if weighting is None:
+        return nearest_kronecker_batch([weight], spec)[0]
+    weight = check_weight(weight, spec)
+    weighting = weighting.checked(spec.shape)
+    return weighted_fit(weight, weighting, nearest_kronecker_batch([weight], spec)[0])
 
 
 def nearest_kronecker_batch(weights: Tensor | Sequence[Tensor], spec: KroneckerSpec) -> list[Fit]:

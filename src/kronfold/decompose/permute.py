@@ -25,6 +25,8 @@ from kronfold.decompose.permute_grouping import grouped, similar
 from kronfold.decompose.permute_starts import by_size, is_small, nested_specs, restarts, widened
 from kronfold.decompose.permute_state import Options, Search
 from kronfold.decompose.permute_swaps import swap
+from kronfold.decompose.permute_weighted import scaled, weighted_search
+from kronfold.decompose.weighting import Weighting
 
 Memo = dict[tuple[tuple[int, int], int], Search]
 
@@ -34,6 +36,7 @@ def permuted_kronecker(
     spec: KroneckerSpec,
     *,
     seed: int = 0,
+    weighting: Weighting | None = None,
     method: str = "auto",
     tolerance: float | None = None,
     target_error: float | None = None,
@@ -45,17 +48,21 @@ def permuted_kronecker(
         weight: (out_features, in_features), any floating dtype.
         spec: shapes, rank, and which sides to permute; a side whose block is 1 is skipped.
         seed: of the only random numbers used.
+        weighting: what errors cost. With one, searches that do not know it give the starts, and moves that do go on
+            from there; errors are weighted, by the damped moments, and the result is never worse than the weighted
+            fit of what the search without a weighting finds.
         method: "auto" (random exchange from several starts and from nested families; the best is kept),
             "assignment" (alternating assignment from identity), "annealing" (restarts and simulated annealing),
             "grouping" (similarity grouping, swaps, assignment).
         tolerance: a start ends when a sweep over the sides lowers its error by less than this share of it.
-            None means 5e-4, and 2e-3 for weights above a million numbers.
+            None means 5e-4, and 2e-3 for weights above a million numbers; ten times that for the moves under a
+            weighting, whose sweeps cost and gain more.
         target_error: stop as soon as the relative error is at most this; None looks as far as `tolerance` goes.
         max_sweeps: limit on sweeps per start.
 
     Returns:
         Fit; `perm_in` or `perm_out` is None for a side that was not searched. `history` starts with the identity's
-        error and never rises.
+        error, or with a weighting with the weighted error of the search without it, and never rises.
 
     Raises:
         ShapeError, InputError: as `nearest_kronecker`; InputError also for an unknown method or a bad limit.
@@ -66,24 +73,50 @@ def permuted_kronecker(
         if value is not None and not value >= 0:
             raise InputError(f"{name} must be zero or more; got {value}.")
     weight = check_weight(weight, spec)
-    if tolerance is None:
-        tolerance = 5e-4 if weight.numel() <= LARGE else 2e-3
-    options = Options(seed, tolerance, -1.0 if target_error is None else target_error, max_sweeps)
+    usual = 5e-4 if weight.numel() <= LARGE else 2e-3
+    share = usual if tolerance is None else tolerance
+    options = Options(seed, share, -1.0 if target_error is None else target_error, max_sweeps)
     with _one_thread():
-        search = Search(weight, spec, options)
-        if not search.done:
-            METHODS[method](search)
-        return _finish(weight, search)
+        if weighting is None:
+            return _searched(weight, spec, method, options)
+        steps = replace(options, tolerance=10.0 * usual if tolerance is None else tolerance)
+        return _weighted(weight, spec, weighting.checked(spec.shape), method, (options, steps))
+
+
+def _searched(weight: Tensor, spec: KroneckerSpec, method: str, options: Options) -> Fit:
+    search = Search(weight, spec, options)
+    if not search.done:
+        METHODS[method](search)
+    return _finish(weight, search)
+
+
+def _weighted(
+    weight: Tensor, spec: KroneckerSpec, weighting: Weighting, method: str, options: tuple[Options, Options]
+) -> Fit:
+    """`options` of the searches that give the starts, and of the one that goes on under the weighting."""
+    blind = replace(options[0], target_error=-1.0)  # the error asked for is a weighted one
+    starts = [_searched(weight, spec, method, blind)]
+    if weighting.inputs is None and weighting.outputs is None:
+        return starts[0]
+    if spec.searches_in or spec.searches_out:
+        by_worth = _searched(scaled(weight, weighting), spec, method, blind)
+        starts.append(_fitted(weight, spec, by_worth.perm_in, by_worth.perm_out))
+    return weighted_search(weight, spec, weighting, starts, options[1])
+
+
+def _fitted(weight: Tensor, spec: KroneckerSpec, perm_in: Tensor | None, perm_out: Tensor | None) -> Fit:
+    """The nearest Kronecker sum for given permutations."""
+    arranged = weight if perm_out is None else weight[perm_out]
+    arranged = arranged if perm_in is None else arranged[:, perm_in]
+    return replace(nearest_kronecker(arranged, spec), perm_in=perm_in, perm_out=perm_out)
 
 
 def _finish(weight: Tensor, search: Search) -> Fit:
     perm_out = search.best.rows.reshape(-1).clone() if "out" in search.sides else None
     perm_in = search.best.cols.reshape(-1).clone() if "in" in search.sides else None
-    arranged = weight if perm_out is None else weight[perm_out]
-    arranged = arranged if perm_in is None else arranged[:, perm_in]
-    fit = nearest_kronecker(arranged, search.asked)
+    fit = _fitted(weight, search.asked, perm_in, perm_out)
     history = [max(error, fit.relative_error) for error in search.history]
-    return replace(fit, perm_in=perm_in, perm_out=perm_out, history=[*history, fit.relative_error])
+    return replace(fit, history=[*history, fit.relative_error])
 
 
 def _auto(search: Search) -> None:

@@ -2,8 +2,8 @@
 
 For a linear layer y = W x the expected squared error of the outputs is `tr((W − Ŵ) H (W − Ŵ)ᵀ)` with the second moment
 H = E[x xᵀ]. With the second moment G = E[g gᵀ] of the loss gradient at the outputs it becomes
-`tr(G (W − Ŵ) H (W − Ŵ)ᵀ)`: twice the second-order increase of the loss where G and H are independent (K-FAC; Martens and
-Grosse 2015, arXiv 1503.05671, equation 23).
+`tr(G (W − Ŵ) H (W − Ŵ)ᵀ)`: twice the second-order increase of the loss where G and H are independent (K-FAC; Martens
+and Grosse 2015, arXiv 1503.05671, equation 23).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ DAMPING = 1e-4  # of the mean of the diagonal; keeps directions the calibration 
 class Weighting:
     """Attributes:
     inputs: H (in_features, in_features), positive semidefinite; None stands for the identity.
-    outputs: G (out_features, out_features), positive semidefinite; None stands for the identity.
+    outputs: G (out_features, out_features), positive semidefinite; or its diagonal alone, (out_features,), as for an
+        embedding, whose rows are worth as much as their tokens are frequent; None stands for the identity.
     damping: what is added to the diagonal of either, as a share of its mean.
     """
 
@@ -45,8 +46,23 @@ class Weighting:
     def squared_error(self, residual: Tensor) -> float:
         """`tr(G D H Dᵀ)` of a residual D (out_features, in_features), float64."""
         right = residual if self.inputs is None else residual @ self.inputs
-        left = residual if self.outputs is None else self.outputs @ residual
-        return max(0.0, float((left * right).sum()))
+        return max(0.0, float((self.times_outputs(residual) * right).sum()))
+
+    def times_outputs(self, matrix: Tensor) -> Tensor:
+        """G matrix, for a matrix (out_features, n)."""
+        if self.outputs is None:
+            return matrix
+        return self.outputs[:, None] * matrix if self.outputs.dim() == 1 else self.outputs @ matrix
+
+    def arranged(self, perm_out: Tensor | None, perm_in: Tensor | None) -> Weighting:
+        """The weighting of `weight[perm_out][:, perm_in]`; None leaves a side in its order."""
+        inputs, outputs = self.inputs, self.outputs
+        if inputs is not None and perm_in is not None:
+            inputs = inputs[perm_in][:, perm_in]
+        if outputs is not None and perm_out is not None:
+            outputs = outputs[perm_out]
+            outputs = outputs if outputs.dim() == 1 else outputs[:, perm_out]
+        return replace(self, inputs=inputs, outputs=outputs)
 
     def relative_error(self, weight: Tensor, approximation: Tensor) -> float:
         """`sqrt(tr(G D H Dᵀ) / tr(G W H Wᵀ))` with D = W − Ŵ, unitless. 0 where the weight itself costs nothing."""
@@ -57,24 +73,27 @@ class Weighting:
 def _damped(moment: Tensor | None, size: int, side: str, damping: float) -> Tensor | None:
     if moment is None:
         return None
-    if tuple(moment.shape) != (size, size):
+    is_vector = side == "output" and moment.dim() == 1
+    if tuple(moment.shape) != ((size,) if is_vector else (size, size)):
         raise ShapeError(
             f"The {side} second moment is {tuple(moment.shape)}, but this weight has {size} {side} features. "
             "Were the statistics taken on another model or another site?"
         )
     moment = moment.detach().to("cpu", torch.float64)
-    diagonal = moment.diagonal()
+    diagonal = moment if is_vector else moment.diagonal()
     if not torch.isfinite(moment).all() or bool((diagonal < 0).any()):
         raise InputError(
-            f"The {side} second moment ({size}, {size}) holds NaN, infinite or negative entries on its diagonal. "
+            f"The {side} second moment {tuple(moment.shape)} holds NaN, infinite or negative entries on its diagonal. "
             "Calibrate again in float32; a model that overflows on the calibration text cannot be fitted to it."
         )
     mean = float(diagonal.mean())
     if mean == 0.0:
         raise InputError(
-            f"The {side} second moment ({size}, {size}) is all zeros: the calibration text never used this weight. "
-            "Leave the site out, or calibrate on other text."
+            f"The {side} second moment {tuple(moment.shape)} is all zeros: the calibration text never used this "
+            "weight. Leave the site out, or calibrate on other text."
         )
+    if is_vector:
+        return moment + damping * mean
     return (moment + moment.T) / 2 + damping * mean * torch.eye(size, dtype=torch.float64)
 
 
