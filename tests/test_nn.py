@@ -17,6 +17,7 @@ from kronfold.nn import (
     KroneckerLinear,
     LowRankLinear,
     StructuredLinear,
+    SumLinear,
     TiedHead,
 )
 
@@ -40,6 +41,14 @@ def _low_rank(out_features, rank, bias=True):
     return _randomised(LowRankLinear(8, out_features, rank, bias, dtype=torch.float64))
 
 
+def _sum(terms, bias=True):
+    layer = SumLinear(terms, bias, dtype=torch.float64)
+    if bias:
+        with torch.no_grad():
+            layer.bias.copy_(torch.arange(layer.out_features))
+    return layer
+
+
 LAYERS = {
     "kronecker rank 1 (1, 2)": lambda: _kronecker(1, (6, 4), (1, 2), "in"),
     "kronecker rank 4 (4, 2)": lambda: _kronecker(4, (3, 4), (4, 2), "in out"),
@@ -48,6 +57,14 @@ LAYERS = {
     "low rank, tall": lambda: _low_rank(12, 3),
     "low rank, wide, no bias": lambda: _low_rank(5, 2, bias=False),
     "low rank of full rank": lambda: _low_rank(6, 6),
+    "sum of low rank and two Kronecker": lambda: _sum(
+        [
+            _low_rank(6, 2, bias=False),
+            _kronecker(2, (3, 4), (2, 2), "in out", False),
+            _kronecker(1, (6, 4), (1, 2), "", False),
+        ]
+    ),
+    "sum without bias": lambda: _sum([_low_rank(6, 1, bias=False), _kronecker(1, (3, 4), (2, 2), "in", False)], False),
     "fused": lambda: FusedLinear(
         {
             "q": _low_rank(6, 2),
@@ -63,6 +80,8 @@ def _twin(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     if isinstance(layer, FusedLinear):
         weights, biases = zip(*(_twin(part) for part in layer.parts.values()), strict=True)
         return torch.cat(weights), torch.cat(biases)
+    if isinstance(layer, SumLinear):
+        return sum(_twin(term)[0] for term in layer.terms), layer.bias
     if isinstance(layer, nn.Linear):
         return layer.weight, layer.bias
     if isinstance(layer, LowRankLinear):
@@ -130,7 +149,8 @@ def test_spec_round_trip(name):
     assert torch.equal(again(x), layer(x))
     assert again.to_spec() == layer.to_spec()
     assert all(buffer.dtype == torch.int32 for buffer in layer.buffers())
-    assert str(layer.spec.rank) in repr(layer)
+    ranks = [term.spec.rank for term in layer.terms] if isinstance(layer, SumLinear) else [layer.spec.rank]
+    assert all(str(rank) in repr(layer) for rank in ranks)
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "fused"])
@@ -143,6 +163,23 @@ def test_layer_holds_what_its_spec_counts(name):
     assert not {p.data_ptr() for p in twin.parameters() if p.numel()} & {p.data_ptr() for p in layer.parameters()}
     x = torch.randn(2, 8, dtype=torch.float64)
     assert torch.equal(twin(x), layer(x))
+
+
+def test_sum_counts_its_terms_and_refuses_what_is_no_sum():
+    terms = [_low_rank(6, 2, bias=False), _kronecker(2, (3, 4), (2, 2), "", False)]
+    layer = SumLinear(terms)
+    assert layer.macs_per_token() == sum(term.macs_per_token() for term in terms)
+    assert [key.rsplit(".", 1)[0] for key in layer.state_dict()][1:3] == ["terms.0", "terms.0"]
+    with pytest.raises(ShapeError, match="two or more terms"):
+        SumLinear(terms[:1])
+    with pytest.raises(ShapeError, match="none of them a sum"):
+        SumLinear([_sum(terms, False), terms[0]])
+    with pytest.raises(ShapeError, match="one shape"):
+        SumLinear([terms[0], _low_rank(5, 2, bias=False)])
+    with pytest.raises(ShapeError, match="no bias of its own"):
+        SumLinear([terms[0], _low_rank(6, 2)])
+    with pytest.raises(ShapeError, match="cannot be a term.*'kronecker'"):
+        SumLinear.from_spec({"terms": [{"structure": "kroneker"}]}, False)
 
 
 def test_low_rank_costs_and_fresh_spread():

@@ -25,6 +25,23 @@ ENTRIES = {
         {"modules": "*.wte", "structure": "low_rank", "rank": 7, "head": "untied"},
     ],
     "an embedding of full rank": [{"modules": "*.wte", "structure": "low_rank", "ratio": 1.0}],
+    "sum on linear layers": [
+        {
+            "modules": "*.mlp.*",
+            "structure": "sum",
+            "terms": [
+                {"structure": "low_rank", "ratio": 0.3},
+                {"structure": "kronecker", "block": [2, 2], "rank": 1, "permute": "none"},
+            ],
+        }
+    ],
+    "sum on fused parts, permuted": [
+        {
+            "modules": "*.c_attn.[qv]",
+            "structure": "sum",
+            "terms": [{"structure": "kronecker", "block": [1, 2]}, {"structure": "low_rank", "rank": 3}],
+        }
+    ],
     "low_rank everywhere, Kronecker in one part": [
         {"modules": ["*.wte", "*.mlp.*", "*.attn.c_proj", "*.c_attn.[qv]"], "structure": "low_rank", "ratio": 0.6},
         {"modules": "*.c_attn.k", "block": [2, 2], "rank": 2},
@@ -112,12 +129,29 @@ def test_a_later_stage_compresses_what_an_earlier_one_left(teacher):
     torch.testing.assert_close(logits(kf.to_dense(student)), logits(student), rtol=0, atol=1e-4)
 
 
+def test_sums_without_permutations_and_on_an_embedding(teacher):
+    made = recipe(ENTRIES["sum on fused parts, permuted"])
+    permuted, plain = kf.plan(teacher, made), kf.plan(teacher, made.without_permutations(), errors=False)
+    assert permuted.cost.index_bytes > plain.cost.index_bytes
+    assert permuted.held_parameters == plain.held_parameters
+    terms = [{"structure": "low_rank", "rank": 2}, {"structure": "kronecker", "block": [1, 2]}]
+    with pytest.raises(RecipeError, match="cannot replace an embedding"):
+        kf.plan(teacher, recipe([{"modules": "*.wte", "structure": "sum", "terms": terms}]))
+
+
 REFUSED = [
     ({"structure": "low_rank"}, "either rank: N or ratio: R"),
     ({"structure": "low_rank", "rank": 2, "ratio": 0.5}, "either rank: N or ratio: R"),
     ({"structure": "low_rank", "rank": 33}, "above the smaller side"),
     ({"structure": "low_rank", "rank": 3, "block": [1, 2]}, "not block"),
     ({"structure": "kronecker", "block": [1, 2], "ratio": 0.5}, "not ratio"),
+    ({"structure": "sum"}, "needs terms"),
+    ({"structure": "sum", "terms": [{"structure": "low_rank", "rank": 2}]}, "two or more terms"),
+    ({"structure": "sum", "terms": [{"structure": "fused"}] * 2}, "cannot be a term"),
+    ({"structure": "sum", "terms": [{"structure": "sum"}] * 2}, "cannot be a term"),
+    ({"structure": "sum", "rank": 2, "terms": [{"structure": "low_rank", "rank": 2}] * 2}, "only terms; say rank"),
+    ({"structure": "sum", "terms": [{"structure": "low_rank", "rank": 2}, {"structure": "kronecker"}]}, "a block"),
+    ({"structure": "low_rank", "rank": 2, "terms": []}, "terms belong to structure sum"),
     ({"structure": "grouped_embedding", "rank": 3}, "cannot replace a linear layer"),
 ]
 
