@@ -2,8 +2,8 @@
 
     python benchmarks/structures_compared.py MODEL --text train.txt --blocks 1 4 -o results.json
 
-Errors are weighted relative errors (unitless) under H = E[x xᵀ] of each layer, from --tokens tokens of the text. At each
-ratio every structure holds at most that share of the weight's numbers:
+Errors are weighted relative errors (unitless) under H = E[x xᵀ] of each layer, from --tokens tokens of the text.
+At each ratio every structure holds at most that share of the weight's numbers:
 
     low rank            pivoted, optimal under H: what the others have to beat
     low rank + (b)      backfitted sum with a rank-one Kronecker sum of block b, all under H
