@@ -1,4 +1,4 @@
-"""A token embedding of frequency groups, each of its own low rank: many numbers for common tokens, few for rare ones."""
+"""A token embedding of frequency groups, each of its own low rank: many numbers for common tokens, few for rare."""
 
 from __future__ import annotations
 

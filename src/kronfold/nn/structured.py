@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class StructuredLinear(nn.Module, ABC):
     """A linear map (in_features -> out_features) held in fewer numbers than its dense weight.
 
-    A class adds its parameters, `forward`, and the verbs below; `from_fit` takes what its solver in `decompose` returns.
+    A class adds its parameters, `forward`, and the verbs below; `from_fit` takes what its solver returns.
 
     Attributes:
         structure: the name in specs and recipes. spec: the typed spec of this layer.
