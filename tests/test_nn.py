@@ -9,18 +9,43 @@ import torch
 from torch import nn
 
 from kronfold.base.errors import ShapeError
-from kronfold.nn import FactorizedEmbedding, FusedLinear, KroneckerLinear, TiedHead
+from kronfold.base.specs import GroupedEmbeddingSpec, LowRankSpec
+from kronfold.nn import (
+    FactorizedEmbedding,
+    FusedLinear,
+    GroupedEmbedding,
+    KroneckerLinear,
+    LowRankLinear,
+    StructuredLinear,
+    SumLinear,
+    TiedHead,
+)
+
+
+def _randomised(module: nn.Module) -> nn.Module:
+    """Every parameter drawn anew, every gather a random permutation."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        for gather in module.buffers():
+            gather.copy_(torch.randperm(gather.numel(), generator=generator))
+    return module
 
 
 def _kronecker(rank, a, b, sides, bias=True):
-    layer = KroneckerLinear(a, b, rank, "in" in sides, "out" in sides, bias, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-        for gather in (layer.gather_in, layer.gather_out):
-            if gather is not None:
-                gather.copy_(torch.randperm(gather.numel(), generator=generator))
+    return _randomised(KroneckerLinear(a, b, rank, "in" in sides, "out" in sides, bias, dtype=torch.float64))
+
+
+def _low_rank(out_features, rank, bias=True):
+    return _randomised(LowRankLinear(8, out_features, rank, bias, dtype=torch.float64))
+
+
+def _sum(terms, bias=True):
+    layer = SumLinear(terms, bias, dtype=torch.float64)
+    if bias:
+        with torch.no_grad():
+            layer.bias.copy_(torch.arange(layer.out_features))
     return layer
 
 
@@ -29,9 +54,20 @@ LAYERS = {
     "kronecker rank 4 (4, 2)": lambda: _kronecker(4, (3, 4), (4, 2), "in out"),
     "kronecker rank 2 (2, 4)": lambda: _kronecker(2, (6, 2), (2, 4), "out"),
     "kronecker plain, no bias": lambda: _kronecker(2, (3, 4), (2, 2), "", bias=False),
+    "low rank, tall": lambda: _low_rank(12, 3),
+    "low rank, wide, no bias": lambda: _low_rank(5, 2, bias=False),
+    "low rank of full rank": lambda: _low_rank(6, 6),
+    "sum of low rank and two Kronecker": lambda: _sum(
+        [
+            _low_rank(6, 2, bias=False),
+            _kronecker(2, (3, 4), (2, 2), "in out", False),
+            _kronecker(1, (6, 4), (1, 2), "", False),
+        ]
+    ),
+    "sum without bias": lambda: _sum([_low_rank(6, 1, bias=False), _kronecker(1, (3, 4), (2, 2), "in", False)], False),
     "fused": lambda: FusedLinear(
         {
-            "q": _kronecker(1, (6, 4), (1, 2), "in"),
+            "q": _low_rank(6, 2),
             "k": nn.Linear(8, 6, dtype=torch.float64),
             "v": _kronecker(2, (3, 4), (2, 2), "in out"),
         }
@@ -40,12 +76,18 @@ LAYERS = {
 
 
 def _twin(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Dense weight and bias, from the definition: W = P_outᵀ (Σ A_k ⊗ B_k) P_in."""
+    """Dense weight and bias, from the definition: W = P_outᵀ (Σ A_k ⊗ B_k) P_in, or G [I; C] P."""
     if isinstance(layer, FusedLinear):
         weights, biases = zip(*(_twin(part) for part in layer.parts.values()), strict=True)
         return torch.cat(weights), torch.cat(biases)
+    if isinstance(layer, SumLinear):
+        return sum(_twin(term)[0] for term in layer.terms), layer.bias
     if isinstance(layer, nn.Linear):
         return layer.weight, layer.bias
+    if isinstance(layer, LowRankLinear):
+        factors = torch.cat([torch.eye(layer.spec.rank, dtype=torch.float64), layer.mix])
+        rows = torch.eye(layer.out_features, dtype=torch.float64)[layer.gather_out.long()]
+        return rows @ factors @ layer.pivots, layer.bias
     dense = sum(torch.kron(layer.a[k], layer.b[k]) for k in range(layer.a.shape[0]))
     if layer.gather_in is not None:
         p_in = torch.eye(layer.in_features, dtype=dense.dtype)[layer.gather_in.long()]
@@ -61,7 +103,7 @@ def test_layer_is_its_dense_twin(name):
     weight, bias = _twin(layer)
     x = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, bias), rtol=0, atol=1e-12)
-    if isinstance(layer, KroneckerLinear):
+    if isinstance(layer, StructuredLinear):
         torch.testing.assert_close(layer.dense_weight(), weight, rtol=0, atol=1e-12)
 
 
@@ -71,6 +113,8 @@ def test_layer_gradients(name):
     x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
     parameters = tuple(layer.parameters())
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *parameters))
+    layer(x).square().sum().backward()
+    assert all(p.numel() == 0 or p.grad.abs().sum() > 0 for p in parameters)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -97,14 +141,63 @@ def test_layer_compiles(name):
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "fused"])
-def test_kronecker_spec_round_trip(name):
+def test_spec_round_trip(name):
     layer = LAYERS[name]()
-    again = KroneckerLinear.from_spec(layer.to_spec(), bias=layer.bias is not None, dtype=torch.float64)
+    again = type(layer).from_spec(layer.to_spec(), bias=layer.bias is not None, dtype=torch.float64)
     again.load_state_dict(layer.state_dict())
     x = torch.randn(2, 8, dtype=torch.float64)
     assert torch.equal(again(x), layer(x))
+    assert again.to_spec() == layer.to_spec()
     assert all(buffer.dtype == torch.int32 for buffer in layer.buffers())
-    assert str(layer.spec.rank) in repr(layer)
+    ranks = [term.spec.rank for term in layer.terms] if isinstance(layer, SumLinear) else [layer.spec.rank]
+    assert all(str(rank) in repr(layer) for rank in ranks)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "fused"])
+def test_layer_holds_what_its_spec_counts(name):
+    layer = LAYERS[name]()
+    held = sum(p.numel() for key, p in layer.named_parameters() if key != "bias")
+    assert held == layer.spec.held_parameters
+    assert sum(buffer.numel() for buffer in layer.buffers()) == layer.spec.index_count
+    twin = copy.deepcopy(layer)
+    assert not {p.data_ptr() for p in twin.parameters() if p.numel()} & {p.data_ptr() for p in layer.parameters()}
+    x = torch.randn(2, 8, dtype=torch.float64)
+    assert torch.equal(twin(x), layer(x))
+
+
+def test_sum_counts_its_terms_and_refuses_what_is_no_sum():
+    terms = [_low_rank(6, 2, bias=False), _kronecker(2, (3, 4), (2, 2), "", False)]
+    layer = SumLinear(terms)
+    assert layer.macs_per_token() == sum(term.macs_per_token() for term in terms)
+    assert [key.rsplit(".", 1)[0] for key in layer.state_dict()][1:3] == ["terms.0", "terms.0"]
+    with pytest.raises(ShapeError, match="two or more terms"):
+        SumLinear(terms[:1])
+    with pytest.raises(ShapeError, match="none of them a sum"):
+        SumLinear([_sum(terms, False), terms[0]])
+    with pytest.raises(ShapeError, match="one shape"):
+        SumLinear([terms[0], _low_rank(5, 2, bias=False)])
+    with pytest.raises(ShapeError, match="no bias of its own"):
+        SumLinear([terms[0], _low_rank(6, 2)])
+    with pytest.raises(ShapeError, match="cannot be a term.*'kronecker'"):
+        SumLinear.from_spec({"terms": [{"structure": "kroneker"}]}, False)
+
+
+def test_low_rank_costs_and_fresh_spread():
+    layer = LowRankLinear(8, 12, 3)
+    assert layer.macs_per_token() == 3 * (8 + 12 - 3)
+    assert LowRankSpec.for_ratio((12, 8), 1.0).held_parameters == 96
+    for ratio in (0.1, 0.3, 0.5, 0.77):
+        spec = LowRankSpec.for_ratio((120, 80), ratio)
+        assert spec.held_parameters <= ratio * 9600 < LowRankSpec(120, 80, spec.rank + 1).held_parameters
+    torch.manual_seed(0)
+    weight = LowRankLinear(256, 256, 64).dense_weight()
+    assert weight.std().item() == pytest.approx(nn.Linear(256, 256).weight.std().item(), rel=0.25)
+
+
+@pytest.mark.parametrize("wrong", [0, 7])
+def test_low_rank_refuses_impossible_ranks(wrong):
+    with pytest.raises(ShapeError):
+        LowRankLinear(8, 6, wrong)
 
 
 def test_from_factors_keeps_the_meaning_and_drops_identities():
@@ -198,3 +291,78 @@ def test_add_level_reproduces_an_exact_factorisation():
 def test_embedding_refuses_a_block_that_does_not_divide():
     with pytest.raises(ShapeError, match="block 5 does not divide width 12"):
         FactorizedEmbedding(11, 12, [{"block": 5}])
+
+
+def _grouped(sizes, ranks):
+    return _randomised(GroupedEmbedding(sizes, ranks, 6, dtype=torch.float64))
+
+
+GROUPS = {
+    "one": ((11,), (2,)),
+    "one of full rank": ((11,), (6,)),
+    "three": ((6, 4, 1), (6, 3, 1)),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_grouped_embedding_is_its_dense_twin(name):
+    embedding = _grouped(*GROUPS[name])
+    stored = []
+    for group in embedding.groups:
+        rows = group.rows
+        if group.rank < 6:
+            columns = torch.cat([torch.eye(group.rank, dtype=torch.float64), group.mix], dim=1)
+            rows = rows @ columns @ torch.eye(6, dtype=torch.float64)[group.gather.long()].T
+        stored.append(rows)
+    wide = torch.eye(11, dtype=torch.float64)[embedding.position.long()] @ torch.cat(stored)
+    tokens = torch.tensor([[0, 3, 10], [10, 3, 5]])
+    torch.testing.assert_close(embedding(tokens), wide[tokens], rtol=0, atol=1e-12)
+    torch.testing.assert_close(embedding.dense_weight(), wide, rtol=0, atol=1e-12)
+    hidden = torch.randn(2, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(TiedHead(embedding)(hidden), hidden @ wide.T, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_grouped_embedding_contract(name):
+    embedding = _grouped(*GROUPS[name])
+    head = TiedHead(embedding)
+    spec = GroupedEmbeddingSpec(*GROUPS[name], 6)
+    assert sum(p.numel() for p in embedding.parameters()) == spec.held_parameters
+    assert sum(b.numel() for b in embedding.buffers()) == spec.index_count
+    assert {b.dtype for b in embedding.buffers()} == {torch.int32}
+    assert embedding.to_spec() == {"structure": "grouped_embedding", **spec.to_dict()}
+    again = GroupedEmbedding.from_spec(embedding.to_spec(), dtype=torch.float64)
+    again.load_state_dict(embedding.state_dict())
+    tokens = torch.arange(11)
+    assert torch.equal(again(tokens), embedding(tokens))
+    assert torch.autograd.gradcheck(lambda *_: head(embedding(tokens)), tuple(embedding.parameters()))
+    assert head.macs_per_token() == spec.held_parameters
+    pair = copy.deepcopy(nn.ModuleList([embedding, head]))
+    assert pair[1].embedding is pair[0]
+    assert str(GROUPS[name][1]) in repr(embedding)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_grouped_embedding_in_other_dtypes_and_compiled(name):
+    embedding = _grouped(*GROUPS[name])
+    tokens = torch.arange(11)
+    expected = TiedHead(embedding)(embedding(tokens))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)):
+        other = copy.deepcopy(embedding).to(dtype)
+        actual = TiedHead(other)(other(tokens))
+        assert actual.dtype == dtype
+        assert (actual.double() - expected).norm() <= tolerance * expected.norm()
+    single = copy.deepcopy(embedding).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = TiedHead(single)(single(tokens))
+    assert (mixed.double() - expected).norm() <= 4e-2 * expected.norm()
+    compiled = torch.compile(nn.Sequential(single, TiedHead(single)), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens), TiedHead(single)(single(tokens)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks"), [((3, 4), (2,)), ((3,), (7,)), ((), ()), ((3, 4), (2, 0)), ((3, 8), (4, 2))]
+)
+def test_grouped_embedding_refuses_what_does_not_fit(sizes, ranks):
+    with pytest.raises(ShapeError, match="Grouped embedding"):
+        GroupedEmbedding(sizes, ranks, 6)

@@ -6,8 +6,9 @@ Canonical orientation everywhere: a weight is (out_features, in_features), as in
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from kronfold.base.errors import ShapeError
 
@@ -35,6 +36,7 @@ class KroneckerSpec:
         ShapeError: a size below 1, or a rank above `max_rank`.
     """
 
+    structure: ClassVar[str] = "kronecker"
     a: Pair
     b: Pair
     rank: int = 1
@@ -141,6 +143,7 @@ class LowRankSpec:
         ShapeError: a size below 1, or a rank above the smaller side.
     """
 
+    structure: ClassVar[str] = "low_rank"
     out_features: int
     in_features: int
     rank: int
@@ -160,9 +163,8 @@ class LowRankSpec:
             raise ShapeError(f"ratio {ratio} must lie in (0, 1]: the share of a weight's numbers that is kept.")
         total = shape[0] + shape[1]
         budget = ratio * shape[0] * shape[1]
-        rank = int(
-            (total - math.sqrt(total * total - 4 * budget)) / 2 + 1e-9
-        )  # the smaller root of r(m + n - r) = budget
+        # the smaller root of r(m + n - r) = budget
+        rank = int((total - math.sqrt(total * total - 4 * budget)) / 2 + 1e-9)
         return cls(shape[0], shape[1], max(1, min(rank, *shape)))
 
     @property
@@ -221,11 +223,12 @@ class GroupedEmbeddingSpec:
                 f"Grouped embedding: sizes {list(self.sizes)} and ranks {list(self.ranks)} must be equally many and "
                 "at least 1."
             )
-        limits = [min(size, self.embedding_dim) for size in self.sizes]
-        if any(rank > limit for rank, limit in zip(self.ranks, limits, strict=True)):
+        width = self.embedding_dim
+        too_high = [r > width or (r > size and r != width) for size, r in zip(self.sizes, self.ranks, strict=True)]
+        if any(too_high):
             raise ShapeError(
-                f"Grouped embedding: ranks {list(self.ranks)} must not exceed {limits} "
-                f"(the smaller of group size and width {self.embedding_dim})."
+                f"Grouped embedding: ranks {list(self.ranks)} must not exceed the group sizes {list(self.sizes)}, nor "
+                f"the width {width}; a group that stays dense has rank {width} whatever its size."
             )
 
     @property
@@ -235,7 +238,7 @@ class GroupedEmbeddingSpec:
     @property
     def held_parameters(self) -> int:
         pairs = zip(self.sizes, self.ranks, strict=True)
-        return sum(LowRankSpec(size, self.embedding_dim, rank).held_parameters for size, rank in pairs)
+        return sum(rank * (size + self.embedding_dim - rank) for size, rank in pairs)
 
     @property
     def index_count(self) -> int:
@@ -258,3 +261,54 @@ class GroupedEmbeddingSpec:
         if len(self.ranks) == 1:
             return f"rank {self.ranks[0]} of {self.embedding_dim}"
         return f"{len(self.ranks)} groups, rank {self.ranks[0]} to {self.ranks[-1]} of {self.embedding_dim}"
+
+
+@dataclass(frozen=True)
+class SumSpec:
+    """`W ≈ W_1 + W_2 + ...`, each term a structured matrix of its own kind and shape.
+
+    Args:
+        terms: typed specs of linear structures (no sums), two or more, all of one weight's shape.
+
+    Raises:
+        ShapeError: fewer than two terms, a sum among them, or terms of different shapes.
+    """
+
+    structure: ClassVar[str] = "sum"
+    terms: Sequence[Any]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "terms", tuple(self.terms))
+        if len(self.terms) < 2 or any(isinstance(term, SumSpec) for term in self.terms):
+            raise ShapeError(
+                f"A sum has two or more terms, none of them a sum; got {[term.structure for term in self.terms]}. "
+                "Ask for a single structure directly."
+            )
+        shapes = [term.shape for term in self.terms]
+        if len(set(shapes)) > 1:
+            raise ShapeError(f"The terms of a sum must describe one shape (out_features, in_features); got {shapes}.")
+
+    @property
+    def shape(self) -> Pair:
+        return self.terms[0].shape  # type: ignore[no-any-return]
+
+    @property
+    def held_parameters(self) -> int:
+        return sum(term.held_parameters for term in self.terms)
+
+    @property
+    def index_count(self) -> int:
+        """Stored integers of all terms (int32 each)."""
+        return sum(term.index_count for term in self.terms)
+
+    def check_weight(self, shape: Pair) -> None:
+        """Raises ShapeError unless a weight of `shape` (out, in) is what every term describes."""
+        for term in self.terms:
+            term.check_weight(shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"terms": [{"structure": term.structure, **term.to_dict()} for term in self.terms]}
+
+    def label(self) -> str:
+        """Short text for tables, e.g. `rank 120 of 576 + 1 x (288, 288)⊗(2, 2)`."""
+        return " + ".join(term.label() for term in self.terms)

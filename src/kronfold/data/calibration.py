@@ -37,8 +37,8 @@ def calibration_windows(
         blocks = pack(documents(source), tokenizer, window, max_tokens=READ_AHEAD * share * window)
         if len(blocks) < share:
             raise DataError(
-                f"{source} holds {len(blocks)} windows of {window} tokens; {share} are wanted for calibration. Give more "
-                f"text, or ask for fewer: --calibration-windows {len(blocks) * len(sources)}."
+                f"{source} holds {len(blocks)} windows of {window} tokens; {share} are wanted for calibration. Give "
+                f"more text, or ask for fewer: --calibration-windows {len(blocks) * len(sources)}."
             )
         pick = np.sort(np.random.default_rng((seed, i)).choice(len(blocks), size=share, replace=False))
         drawn.append(torch.from_numpy(blocks.ids[pick].astype(np.int64)))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kronfold.base.errors import ShapeError
+from kronfold.base.errors import InputError, ShapeError
 from kronfold.base.specs import GroupedEmbeddingSpec
 from kronfold.decompose.low_rank import pivoted
 from kronfold.decompose.nearest import check_weight
@@ -64,17 +64,23 @@ def grouped_embedding(
     for tokens, rank in zip(order.split(list(spec.sizes)), spec.ranks, strict=True):
         whitened = frequencies[tokens].sqrt()[:, None] * weight[tokens] @ right_root
         total += float(whitened.square().sum())
-        if rank == spec.embedding_dim:
+        if rank == spec.embedding_dim:  # dense, and exact
             groups.append((weight[tokens], weight.new_zeros(rank, 0), torch.arange(rank)))
             continue
         basis = torch.linalg.eigh(whitened.T @ whitened).eigenvectors[:, -rank:]
-        left, right = weight[tokens] @ right_root @ basis, basis.T @ right_inverse
-        # E_gᵀ = rightᵀ leftᵀ by rows of its own, which are columns of E_g.
-        columns, mix, gather = pivoted(right.T.contiguous(), left.T)
-        groups.append((columns.T, mix.T, gather))
+        groups.append(_factors(weight[tokens], basis, right_root, right_inverse))
         lost += float((whitened - whitened @ basis @ basis.T).square().sum())
     error = (lost / total) ** 0.5
     return GroupedEmbeddingFit(spec, torch.argsort(order), groups, error, [error])
+
+
+def _factors(rows: Tensor, basis: Tensor, right_root: Tensor, right_inverse: Tensor) -> Group:
+    """Rows (size, width) of one group in the subspace `basis` (width, rank) of the whitened columns, by some of their
+    own columns."""
+    left, right = rows @ right_root @ basis, basis.T @ right_inverse
+    # E_gᵀ = rightᵀ leftᵀ by rows of its own, which are columns of E_g.
+    columns, mix, gather = pivoted(right.T.contiguous(), left.T)
+    return columns.T, mix.T, gather
 
 
 def group_energies(weight: Tensor, sizes: Sequence[int], weighting: Weighting) -> list[Tensor]:
@@ -104,8 +110,13 @@ def _checked(weighting: Weighting, shape: tuple[int, int]) -> tuple[Tensor, Tens
             f"Token frequencies {tuple(frequencies.shape)} do not fit an embedding of {shape[0]} tokens. "
             "Were the statistics taken with another tokenizer or model?"
         )
+    frequencies = frequencies.detach().to("cpu", torch.float64)
+    if not torch.isfinite(frequencies).all() or bool((frequencies < 0).any()) or not frequencies.any():
+        raise InputError(
+            f"The token frequencies of {shape[0]} tokens hold NaN, infinite or negative numbers, or are all zero. "
+            "Count the tokens of the calibration text again; a token that never occurs has frequency 0."
+        )
     # A token that was never seen still counts a little, or its row would be free to become anything.
-    frequencies = frequencies.double().cpu()
     frequencies = frequencies.clamp_min(1e-6 * float(frequencies.mean()))
     metric = replace(weighting, outputs=None).checked(shape).inputs
     return frequencies, torch.eye(shape[1], dtype=torch.float64) if metric is None else metric

@@ -103,7 +103,9 @@ def root(moment: Tensor) -> tuple[Tensor, Tensor]:
     The inverse is then the pseudo-inverse on the directions above 1e-12 of the largest.
     """
     factor, failed = torch.linalg.cholesky_ex(moment)
-    if not int(failed):
+    pivots = factor.diagonal()
+    # Rounding lets many a singular matrix through, with a last pivot of 1e-8 that would rule the inverse.
+    if not int(failed) and pivots.min() > 1e-6 * pivots.max():
         identity = torch.eye(moment.shape[0], dtype=moment.dtype)
         return factor, torch.linalg.solve_triangular(factor, identity, upper=False)
     values, vectors = torch.linalg.eigh(moment)

@@ -6,29 +6,30 @@ may name; only entries with a `fit` can be asked for in a recipe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from kronfold.base.errors import RecipeError
+from kronfold.base.errors import RecipeError, suggest
 from kronfold.base.registry import Registry
-from kronfold.base.specs import GroupedEmbeddingSpec, KroneckerSpec, LowRankSpec, Pair
+from kronfold.base.specs import GroupedEmbeddingSpec, KroneckerSpec, LowRankSpec, Pair, SumSpec
 from kronfold.decompose.fit import Fit
 from kronfold.decompose.grouped_embedding import grouped_embedding
 from kronfold.decompose.low_rank import nearest_low_rank
 from kronfold.decompose.nearest import nearest_kronecker
 from kronfold.decompose.permute import permuted_kronecker
+from kronfold.decompose.sum_fit import FitTerm, SumFit, sum_fit
 from kronfold.decompose.weighting import Weighting
-from kronfold.nn import KroneckerLinear, LowRankLinear
+from kronfold.nn import KroneckerLinear, LowRankLinear, SumLinear
 from kronfold.nn.structured import StructuredLinear
 
 
 @dataclass(frozen=True)
 class Structure:
     """Attributes:
-    spec: class of its spec. module: class of its layer.
+    spec: class of its spec, or a function that makes one from the entries of its dict form. module: class of its layer.
     fit: (weight (out, in), spec, seed, weighting or None) -> the solver's result (`relative_error`, `to_dense`).
     ask: (shape of the weight, what a recipe entry says) -> spec. Raises RecipeError or ShapeError.
     for_embedding: it replaces an embedding, not a linear layer.
@@ -49,12 +50,8 @@ class Structure:
 def fit_kronecker(weight: Tensor, spec: KroneckerSpec, seed: int, weighting: Weighting | None) -> Fit:
     """Search permutations on the sides the spec asks for; without any, the nearest sum."""
     if spec.searches_in or spec.searches_out:
-        return permuted_kronecker(weight, spec, seed=seed, **_given(weighting))
-    return nearest_kronecker(weight, spec, **_given(weighting))
-
-
-def _given(w):
-    return {} if w is None else {"weighting": w}
+        return permuted_kronecker(weight, spec, seed=seed, weighting=weighting)
+    return nearest_kronecker(weight, spec, weighting)
 
 
 def ask_kronecker(shape: Pair, entry: Mapping[str, Any]) -> KroneckerSpec:
@@ -85,6 +82,47 @@ def ask_grouped(shape: Pair, entry: Mapping[str, Any]) -> GroupedEmbeddingSpec:
     return GroupedEmbeddingSpec((shape[0],), (found.rank,), shape[1])
 
 
+def fit_sum(weight: Tensor, spec: SumSpec, seed: int, weighting: Weighting | None) -> SumFit:
+    """Backfitting through the solvers of the terms."""
+
+    def solver(structure: str) -> FitTerm:
+        fit = STRUCTURES.get(structure).fit
+        assert fit is not None
+        return lambda target, term, metric: fit(target, term, seed, metric)
+
+    return sum_fit(weight, spec, [solver(term.structure) for term in spec.terms], weighting)
+
+
+def ask_sum(shape: Pair, entry: Mapping[str, Any]) -> SumSpec:
+    """`terms`: a list of what recipe entries say of single structures."""
+    if not entry.get("terms"):
+        raise RecipeError("structure sum needs terms: a list such as [{structure: low_rank, ratio: 0.3}, ...]")
+    if extra := [key for key in ("block", "rank", "ratio") if entry.get(key) is not None]:
+        raise RecipeError(f"structure sum takes only terms; say {', '.join(extra)} inside them")
+    return SumSpec([_plain(_term(term).ask(shape, term)) for term in entry["terms"]])
+
+
+def _term(entry: Mapping[str, Any]) -> Structure:
+    name = entry["structure"]
+    structure = STRUCTURES.get(name)
+    if structure.module is None or structure.ask is None or name == "sum":
+        allowed = [n for n in STRUCTURES if STRUCTURES.get(n).module and n != "sum"]
+        raise RecipeError(f"structure {name!r} cannot be a term of a sum. {suggest(name, allowed)}")
+    return structure
+
+
+def _plain(spec: Any) -> Any:
+    """A Kronecker spec without the permutations that can change nothing: what its layer will hold."""
+    if not isinstance(spec, KroneckerSpec):
+        return spec
+    return replace(spec, permute_in=spec.searches_in, permute_out=spec.searches_out)
+
+
+def read_sum(terms: Sequence[Mapping[str, Any]]) -> SumSpec:
+    """The typed spec of a sum from the dict forms of its terms."""
+    return SumSpec([_term(term).read_spec(term) for term in terms])
+
+
 STRUCTURES: Registry[Structure] = Registry("structure")
 STRUCTURES.register("kronecker", Structure(KroneckerSpec, KroneckerLinear, fit_kronecker, ask_kronecker))
 STRUCTURES.register(
@@ -96,5 +134,6 @@ STRUCTURES.register(
         GroupedEmbeddingSpec, None, lambda w, s, _seed, h: grouped_embedding(w, s, h), ask_grouped, for_embedding=True
     ),
 )
+STRUCTURES.register("sum", Structure(read_sum, SumLinear, fit_sum, ask_sum))
 for container in ("dense", "fused", "factorized_embedding", "tied_head"):
     STRUCTURES.register(container, Structure())

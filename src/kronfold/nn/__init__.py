@@ -6,6 +6,7 @@ from kronfold.nn.grouped_embedding import GroupedEmbedding
 from kronfold.nn.kronecker_linear import KroneckerLinear
 from kronfold.nn.low_rank import LowRankLinear
 from kronfold.nn.structured import StructuredLinear
+from kronfold.nn.sum_linear import SumLinear
 
 __all__ = [
     "FactorizedEmbedding",
@@ -14,5 +15,6 @@ __all__ = [
     "KroneckerLinear",
     "LowRankLinear",
     "StructuredLinear",
+    "SumLinear",
     "TiedHead",
 ]

@@ -1,4 +1,4 @@
-"""A token embedding of frequency groups, each of its own low rank: many numbers for common tokens, few for rare ones."""
+"""A token embedding of frequency groups, each of its own low rank: many numbers for common tokens, few for rare."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kronfold.base.errors import ShapeError
+from kronfold.base.specs import GroupedEmbeddingSpec
 
 
 class EmbeddingGroup(nn.Module):
@@ -61,14 +61,14 @@ class GroupedEmbedding(nn.Module):
     """An embedding (V, width) whose tokens are split into groups, each held as a matrix of low rank.
 
     Args:
-        sizes: tokens in each group; they sum to V. ranks: rank of each group, at most the width.
+        sizes: tokens in each group; they sum to V. ranks: rank of each group, at most its size and the width.
         embedding_dim: width of the looked-up vectors.
 
     Parameters: `groups.i.rows`, `groups.i.mix`. Buffer (int32): `position` (V,), the place of a token in the order in
     which the groups store them.
 
     Raises:
-        ShapeError: a rank beyond the width, or unequal numbers of sizes and ranks.
+        ShapeError: a rank beyond the width or the group, or unequal numbers of sizes and ranks.
 
     Source: block-wise low rank by token frequency is GroupReduce (Chen et al. 2018, arXiv 1806.06950); the pivoted
     factors are ours.
@@ -85,15 +85,12 @@ class GroupedEmbedding(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if len(sizes) != len(ranks) or not sizes or min(*sizes, *ranks) < 1 or max(ranks) > embedding_dim:
-            raise ShapeError(
-                f"Grouped embedding: sizes {list(sizes)} and ranks {list(ranks)} must be equally many, at least 1, and "
-                f"no rank above the width {embedding_dim}."
-            )
-        self.embedding_dim, self.num_embeddings = embedding_dim, sum(sizes)
-        self.sizes, self.ranks = tuple(sizes), tuple(ranks)
+        self.spec = GroupedEmbeddingSpec(tuple(sizes), tuple(ranks), embedding_dim)
+        self.sizes, self.ranks = self.spec.sizes, self.spec.ranks
+        self.embedding_dim, self.num_embeddings = embedding_dim, sum(self.sizes)
         self.groups: Sequence[EmbeddingGroup] = nn.ModuleList(  # type: ignore[assignment]
-            EmbeddingGroup(size, embedding_dim, rank, device, dtype) for size, rank in zip(sizes, ranks, strict=True)
+            EmbeddingGroup(size, embedding_dim, rank, device, dtype)
+            for size, rank in zip(self.sizes, self.ranks, strict=True)
         )
         self.register_buffer("position", torch.arange(self.num_embeddings, dtype=torch.int32, device=device))
 
@@ -151,12 +148,7 @@ class GroupedEmbedding(nn.Module):
         return new
 
     def to_spec(self) -> dict[str, Any]:
-        return {
-            "structure": "grouped_embedding",
-            "sizes": list(self.sizes),
-            "ranks": list(self.ranks),
-            "embedding_dim": self.embedding_dim,
-        }
+        return {"structure": "grouped_embedding", **self.spec.to_dict()}
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, sizes {self.sizes}, ranks {self.ranks}"

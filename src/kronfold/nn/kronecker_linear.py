@@ -31,6 +31,7 @@ class KroneckerLinear(StructuredLinear):
         ShapeError: impossible sizes or rank.
     """
 
+    structure = "kronecker"
     a: nn.Parameter
     b: nn.Parameter
     gather_in: Tensor | None
@@ -153,7 +154,7 @@ class KroneckerLinear(StructuredLinear):
         return kronecker.macs(self.spec.a, self.spec.b, self.spec.rank, order, math.inf)
 
     def to_spec(self) -> dict[str, Any]:
-        return {"structure": "kronecker", **self.spec.to_dict()}
+        return {"structure": self.structure, **self.spec.to_dict()}
 
     @classmethod
     def from_spec(

@@ -28,6 +28,7 @@ class LowRankLinear(StructuredLinear):
     Source: pivoting factorisation, arXiv 2501.19090: rank·(out + in - rank) numbers and multiply-accumulates.
     """
 
+    structure = "low_rank"
     gather_out: Tensor
 
     def __init__(
@@ -63,7 +64,7 @@ class LowRankLinear(StructuredLinear):
         return self.spec.macs_per_token
 
     def to_spec(self) -> dict[str, Any]:
-        return {"structure": "low_rank", **self.spec.to_dict()}
+        return {"structure": self.structure, **self.spec.to_dict()}
 
     @classmethod
     def from_spec(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,14 @@ from torch import Tensor, nn
 class StructuredLinear(nn.Module, ABC):
     """A linear map (in_features -> out_features) held in fewer numbers than its dense weight.
 
-    A class adds its parameters, `forward`, and the verbs below; `from_fit` takes what its solver in `decompose` returns.
+    A class adds its parameters, `forward`, and the verbs below; `from_fit` takes what its solver returns.
+
+    Attributes:
+        structure: the name in specs and recipes. spec: the typed spec of this layer.
     """
 
+    structure: ClassVar[str]
+    spec: Any
     in_features: int
     out_features: int
     bias: nn.Parameter | None

@@ -1,4 +1,4 @@
-"""The `auto` recipe: calibrate, plan for a budget, fit to data. Healing is the next stage's business (`progressive`)."""
+"""The `auto` recipe: calibrate, plan for a budget, fit to data."""
 
 from __future__ import annotations
 

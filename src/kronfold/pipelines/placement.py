@@ -68,7 +68,7 @@ def _parts_of(view: LinearView) -> dict[str, nn.Module]:
 def place_embedding(
     model: PreTrainedModel, modules: dict[str, nn.Module], view: LinearView, row: PlanRow, fit: Any
 ) -> None:
-    """Add to `modules` the new embedding and, where it was tied, the head: reading the embedding, or with its own copy."""
+    """Add to `modules` the new embedding, and a tied head: one that reads it, or one with a copy of its own."""
     is_first = not isinstance(view.module, STRUCTURED_EMBEDDING)
     new = _embedding_with(view, row, fit)
     modules[view.module_name] = new

@@ -81,10 +81,21 @@ def check_rows(views: Mapping[str, LinearView], rows: Iterable[PlanRow]) -> None
             continue
         try:
             spec_of(row).check_weight(views[row.name].shape)
+            check_kind(views[row.name], row.spec["structure"])
         except (KronfoldError, KeyError, TypeError) as error:
             faults.append(f"{row.name}: {error}")
     if faults:
         raise RecipeError("The plan does not fit this model, which is unchanged:\n  " + "\n  ".join(faults))
+
+
+def check_kind(view: LinearView, structure: str) -> None:
+    """Raises RecipeError: a structure for embeddings at a linear layer, or the reverse."""
+    wanted = STRUCTURES.get(structure)
+    fits = wanted.for_embedding or structure == "kronecker" if view.kind == "embedding" else wanted.module is not None
+    if not fits:
+        allowed = "kronecker or low_rank" if view.kind == "embedding" else "one for linear layers, e.g. low_rank"
+        article = "an embedding" if view.kind == "embedding" else "a linear layer"
+        raise RecipeError(f"structure {structure!r} cannot replace {article}; use {allowed}")
 
 
 def spec_of(row: PlanRow) -> Any:
@@ -140,6 +151,7 @@ def _row(view: LinearView, entry: CompressRecipe) -> PlanRow:
         raise RecipeError(f"structure {entry.structure!r} cannot be asked for. {suggest(entry.structure, allowed)}")
     if entry.structure == "low_rank" and view.kind == "embedding":
         return _row(view, entry.model_copy(update={"structure": "grouped_embedding"}))
+    check_kind(view, entry.structure)
     spec = structure.ask(view.shape, entry.model_dump())
     spec_dict: dict[str, Any] = {"structure": entry.structure, **spec.to_dict()}
     if view.kind == "embedding":

@@ -41,6 +41,16 @@ class HealRecipe(_Strict):
     objective: ObjectiveRecipe = Field(default_factory=lambda: ObjectiveRecipe.model_validate({}))
 
 
+class TermRecipe(_Strict):
+    """One term of a sum; what it says means the same as in an entry of its own."""
+
+    structure: str
+    block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    rank: int | None = Field(None, ge=1)
+    ratio: float | None = Field(None, gt=0, le=1)
+    permute: Literal["both", "in", "out", "none"] = "both"
+
+
 class CompressRecipe(_Strict):
     """What becomes of the sites whose names match.
 
@@ -52,6 +62,7 @@ class CompressRecipe(_Strict):
         block: Kronecker: (out_b, in_b), canonical orientation; the A factor follows from the weight's shape.
         rank: Kronecker: number of terms (default 1); low rank: the rank. ratio: low rank: share of numbers kept.
         permute: Kronecker: which sides the permutation search may reorder.
+        terms: sum: the structures to add up, each with its own block, rank, ratio, permute.
         head: embeddings only: tied (the LM head reads the factors) or untied (it keeps a dense copy, as published).
     """
 
@@ -62,12 +73,24 @@ class CompressRecipe(_Strict):
     rank: int | None = Field(None, ge=1)
     ratio: float | None = Field(None, gt=0, le=1)
     permute: Literal["both", "in", "out", "none"] = "both"
+    terms: list[TermRecipe] | None = None
     head: Literal["tied", "untied"] = "tied"
 
     @field_validator("modules", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _terms_of_a_sum(self) -> CompressRecipe:
+        if self.terms is not None and self.structure != "sum":
+            raise ValueError(f"terms belong to structure sum, not to {self.structure}")
+        return self
+
+    def without_permutations(self) -> CompressRecipe:
+        """The same entry with no permutation search, in its terms neither."""
+        terms = self.terms and [term.model_copy(update={"permute": "none"}) for term in self.terms]
+        return self.model_copy(update={"permute": "none", "terms": terms})
 
 
 class AutoRecipe(_Strict):
@@ -135,7 +158,7 @@ class Recipe(_Strict):
     def without_permutations(self) -> Recipe:
         """The control: the same shapes and budgets, plain Kronecker products."""
         stages = [
-            stage.model_copy(update={"compress": [e.model_copy(update={"permute": "none"}) for e in stage.compress]})
+            stage.model_copy(update={"compress": [e.without_permutations() for e in stage.compress]})
             for stage in self.stages
         ]
         return self.model_copy(update={"name": f"{self.name} without permutations", "stages": stages})

@@ -67,7 +67,7 @@ class SiteCurve:
         specs: list[Any] = [None if self.group is None else self.shape[1]]
         costs, losses = [self.dense_cost(unit)], [0.0]
         if self.energies is not None:
-            top = min(self.shape) if self.group is None else min(self.shape) + (self.shape[0] < self.shape[1])
+            top = min(self.shape)  # at the full rank nothing is saved, so that is the dense option
             ranks = np.arange(1, top)
             specs += [int(r) if self.group else LowRankSpec(*self.shape, int(r)) for r in ranks]
             costs += [self._low_rank_cost(int(r), unit) for r in ranks]
