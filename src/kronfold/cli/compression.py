@@ -206,6 +206,12 @@ def run(
         int | None,
         typer.Option(help="Healing budget over all stages; default: the recipe's own.", show_default=False),
     ] = None,
+    calibration: t.Calibration = None,
+    target_params: t.TargetParams = None,
+    target_ratio: t.TargetRatio = None,
+    target_macs: t.TargetMacs = None,
+    target_bytes: t.TargetBytes = None,
+    cache: t.Cache = True,
     protocol: Annotated[str, typer.Option(help="Perplexity protocol: sliding or paper.")] = "sliding",
     controls: Annotated[
         str,
@@ -223,6 +229,7 @@ def run(
     json: t.Json = False,
 ) -> None:
     """The whole job: compress in the recipe's stages, heal each, measure with controls, save, report."""
+    from kronfold.pipelines.calibration import cache_directory
     from kronfold.pipelines.progressive import check_controls
 
     options: dict[str, Any] = {
@@ -232,6 +239,9 @@ def run(
         "train_text": train_text,
         "eval_text": eval_text,
         "heal_tokens": heal_tokens,
+        "calibration": calibration or [],
+        "budget": t.budget(target_params, target_ratio, target_macs, target_bytes),
+        "cache": str(cache_directory()) if cache else None,
         "protocol": protocol,
         "block_size": block_size,
         "prompt": prompt,

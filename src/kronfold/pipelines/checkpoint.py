@@ -208,10 +208,12 @@ def heal_by(
     output_dir: Path | None,
     resume: bool,
     progress: Callable[[int, int, dict[str, float]], None],
+    start_tokens: int = 0,
 ) -> HealResult:
     """`kronfold.train.heal.heal` with the settings of a recipe; an objective without KL uses no teacher.
 
     `output_dir` receives trainer checkpoints on the way, None keeps none (such a healing cannot be resumed).
+    `start_tokens`: what earlier stages have read of the blocks already.
     """
     objective = ObjectiveConfig(**recipe.objective.model_dump())
     return heal(
@@ -225,6 +227,7 @@ def heal_by(
         weight_decay=recipe.weight_decay,
         objective=objective,
         seed=seed,
+        start_tokens=start_tokens,
         device=student.device,
         output_dir=output_dir,
         resume=resume and output_dir is not None,

@@ -6,10 +6,11 @@ is done. A killed run leaves the old output as it was, and `resume=True` goes on
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,11 +29,13 @@ from kronfold.export.checkpoint import write_model
 from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer
+from kronfold.pipelines.auto import calibrate_on, fit_rows, plan_auto, settings_of
+from kronfold.pipelines.calibration import Calibration
 from kronfold.pipelines.checkpoint import heal_by
-from kronfold.pipelines.compress import compress
-from kronfold.pipelines.stage import compress_stage
 from kronfold.pipelines.steps import StepBook
 from kronfold.planner import planning
+from kronfold.planner.budget import Budget
+from kronfold.planner.plan import Plan, PlanRow
 from kronfold.planner.recipe import HealRecipe, Recipe, load_recipe
 from kronfold.train.heal import HealResult
 
@@ -47,6 +50,8 @@ class RunOptions:
     Attributes:
         model: the teacher. recipe: name or YAML file. train_text, eval_text: text sources; they must not overlap.
         heal_tokens: healing budget over all stages, None for the recipe's own.
+        calibration: texts to fit to; the recipe `auto` takes the training text when there are none, any other recipe
+            is then fitted to the weights alone. budget: for `auto`. cache: directory for statistics, None for none.
         block_size: training window in tokens, None for the model's context (at most 1024).
         protocol: of every perplexity. controls: "dense" fine-tunes the teacher on the same data, "plain" repeats the
             recipe without permutations; equal tokens and seed. prompt: start of the text samples, None for no samples.
@@ -58,6 +63,9 @@ class RunOptions:
     train_text: str
     eval_text: str
     heal_tokens: int | None = None
+    calibration: Sequence[str] = ()
+    budget: Budget | None = None
+    cache: str | None = None
     block_size: int | None = None
     protocol: str = "sliding"
     controls: Sequence[Control] = ("dense", "plain")
@@ -82,7 +90,19 @@ class _Run:
     tokenizer: Any
     blocks: TokenBlocks
     report: Report
-    samples: list[dict[str, str]] = field(default_factory=list)
+    plan: Plan
+    calibration: Calibration | None
+
+    def fit(self, student: PreTrainedModel, rows: list[PlanRow]) -> list[PlanRow]:
+        """Fit and place the rows of a stage, to data where the run has calibration text."""
+
+        def progress(name: str, done: int, total: int) -> None:
+            self.report(f"decompose {name}".strip(), done, total)
+
+        sequential = self.recipe.auto is None or self.recipe.auto.sequential
+        return fit_rows(
+            student, rows, self.calibration, sequential=sequential, seed=self.options.seed, progress=progress
+        )
 
     def perplexity(self, model: PreTrainedModel, what: str) -> dict[str, Any]:
         def progress(done: int, total: int) -> None:
@@ -128,14 +148,18 @@ def run(
     recipe = load_recipe(options.recipe).with_heal_tokens(options.heal_tokens)
     teacher = load_model(options.model, device=options.device)
     tokenizer = load_tokenizer(options.model)
-    plan = planning.plan(teacher, recipe)
+    found = _calibrate(options, recipe, teacher, tokenizer, report)
+    if recipe.auto and found:
+        plan = plan_auto(teacher, found, recipe.auto, options.budget, heal=recipe.stages[0].heal, progress=report)
+    else:
+        plan = planning.plan(teacher, recipe)
     blocks = _blocks(options, recipe, teacher, tokenizer)
     next(iter(documents(options.eval_text)))  # an unreadable evaluation text must not surface after hours
     work = output.with_name(output.name + ".partial")
     book = StepBook.open(work, _fingerprint(options, recipe, blocks), resume, discard=overwrite)
     book.add_seconds_from(started)
     plan.save(work / "plan.json")
-    state = _Run(options, recipe, work, book, teacher, tokenizer, blocks, report)
+    state = _Run(options, recipe, work, book, teacher, tokenizer, blocks, report, plan, found)
     measured = _measure(state)
     student = load_model(work / "stages" / recipe.stages[-1].name, device=options.device)
     document = _finish(state, student, measured)
@@ -146,6 +170,17 @@ def run(
         path = output / leftover
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     return document
+
+
+def _calibrate(
+    options: RunOptions, recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, report: Report
+) -> Calibration | None:
+    """Statistics of the teacher on the calibration texts; `auto` uses the training text when none are named."""
+    texts = options.calibration or ([options.train_text] if recipe.auto else [])
+    if not texts:
+        return None
+    settings = recipe.auto or settings_of(None)
+    return calibrate_on(teacher, tokenizer, texts, settings, seed=options.seed, cache=options.cache, progress=report)
 
 
 def _check_options(options: RunOptions) -> None:
@@ -166,7 +201,7 @@ def _measure(state: _Run) -> dict[str, Any]:
     controls: dict[str, Any] = {"compressed_unhealed": unhealed}
     if "dense" in options.controls:
         controls["dense_finetuned"] = book.step("dense_finetuned", lambda: _dense_finetuned(state))
-    if "plain" in options.controls:
+    if "plain" in options.controls and recipe.auto is None:  # a planned recipe has no permutations to leave out
         plain = _stages(state, recipe.without_permutations(), "plain")
         controls["plain_kronecker"] = {"held_parameters": plain[-1]["held_parameters"], "stages": plain}
     return {"teacher": teacher, "stages": stages, "controls": controls}
@@ -180,7 +215,8 @@ def _blocks(options: RunOptions, recipe: Recipe, teacher: PreTrainedModel, token
 
 
 def _fingerprint(options: RunOptions, recipe: Recipe, blocks: TokenBlocks) -> dict[str, Any]:
-    fields = {key: value for key, value in asdict(options).items() if key not in ("device", "command", "name")}
+    free = ("device", "command", "name", "cache")
+    fields = {key: value for key, value in asdict(options).items() if key not in free}
     fields["dtype"] = str(options.dtype)
     fields["controls"] = sorted(options.controls)
     for name, source in (("model_sha256", options.model), ("eval_sha256", options.eval_text)):
@@ -201,10 +237,9 @@ def _teacher(state: _Run) -> dict[str, Any]:
 
 
 def _unhealed(state: _Run) -> dict[str, Any]:
-    def progress(name: str, done: int, total: int) -> None:
-        state.report(f"decompose {name}".strip(), done, total)
-
-    student = compress(state.teacher, state.recipe, seed=state.options.seed, progress=progress)
+    student = copy.deepcopy(state.teacher)
+    for stage in state.plan.stages:
+        state.fit(student, stage.rows)
     found = state.perplexity(student, "the compressed model before healing")
     return {"perplexity": found["perplexity"], "sample": state.text(student), **cost(student).to_dict()}
 
@@ -220,7 +255,7 @@ def _dense_finetuned(state: _Run) -> dict[str, Any]:
         recipe = stage.heal.model_copy(
             update={"objective": stage.heal.objective.model_copy(update={"kl": 0.0, "ce": 1.0})}
         )
-        healed = _heal(state, model, recipe, f"fine-tune the dense model, stage {stage.name}", None)
+        healed = _heal(state, model, recipe, f"fine-tune the dense model, stage {stage.name}", None, tokens)
         losses += [{**entry, "tokens": entry["tokens"] + tokens} for entry in healed.losses]
         tokens, seconds = tokens + healed.tokens, seconds + healed.seconds
     found = state.perplexity(model, "the fine-tuned dense model")
@@ -235,25 +270,25 @@ def _dense_finetuned(state: _Run) -> dict[str, Any]:
 
 def _stages(state: _Run, recipe: Recipe, track: str) -> list[dict[str, Any]]:
     """Run the stages of `recipe`; after each, its model stands in `<work>/<track>/<stage>`."""
-    plan = planning.plan(state.teacher, recipe)
+    plan = state.plan if track == "stages" else planning.plan(state.teacher, recipe)
     done: list[dict[str, Any]] = []
     previous: str | Path = state.options.model
     for stage in plan.stages:
         place = state.work / track / stage.name
-        source = previous
-        done.append(state.book.step(f"{track}/{stage.name}", lambda: _stage(state, stage, source, place)))  # noqa: B023
+        source, read = previous, sum(entry["tokens"] for entry in done)
+        done.append(
+            state.book.step(f"{track}/{stage.name}", lambda: _stage(state, stage, source, place, read))  # noqa: B023
+        )
         shutil.rmtree(_trainer_of(place), ignore_errors=True)  # only now is the stage written down
         previous = place
     return done
 
 
-def _stage(state: _Run, stage: planning.PlanStage, source: str | Path, place: Path) -> dict[str, Any]:
-    def progress(name: str, done: int, total: int) -> None:
-        state.report(f"decompose {name}".strip(), done, total)
-
+def _stage(state: _Run, stage: planning.PlanStage, source: str | Path, place: Path, read: int) -> dict[str, Any]:
+    """One stage from the checkpoint `source` to the checkpoint `place`; `read` tokens were healed on before it."""
     started = time.monotonic()
     student = load_model(source, device=state.options.device)
-    rows = compress_stage(student, stage.rows, seed=state.options.seed, progress=progress)
+    rows = state.fit(student, stage.rows)
     decomposed = time.monotonic() - started
     before = state.perplexity(student, f"{stage.name}, before healing")
     entry: dict[str, Any] = {
@@ -268,7 +303,7 @@ def _stage(state: _Run, stage: planning.PlanStage, source: str | Path, place: Pa
         "losses": [],
     }
     if stage.heal:
-        healed = _heal(state, student, stage.heal, f"heal {stage.name}", _trainer_of(place))
+        healed = _heal(state, student, stage.heal, f"heal {stage.name}", _trainer_of(place), read)
         after = state.perplexity(student, f"{stage.name}, healed")
         entry.update(
             after_healing=after["perplexity"],
@@ -286,7 +321,9 @@ def _trainer_of(place: Path) -> Path:
     return place.with_name(place.name + ".trainer")
 
 
-def _heal(state: _Run, student: PreTrainedModel, recipe: HealRecipe, what: str, trainer_dir: Path | None) -> HealResult:
+def _heal(
+    state: _Run, student: PreTrainedModel, recipe: HealRecipe, what: str, trainer_dir: Path | None, read: int
+) -> HealResult:
     def progress(step: int, total: int, logs: dict[str, float] | None = None) -> None:
         loss = f" (loss {logs['loss']:.3f})" if logs and "loss" in logs else ""
         state.report(what + loss, step, total)
@@ -300,6 +337,7 @@ def _heal(state: _Run, student: PreTrainedModel, recipe: HealRecipe, what: str, 
         output_dir=trainer_dir,
         resume=state.book.resumed,
         progress=progress,
+        start_tokens=read,
     )
 
 
@@ -321,6 +359,7 @@ def _finish(state: _Run, student: PreTrainedModel, measured: dict[str, Any]) -> 
         complete=True,
         protocol=teacher["evaluation"]["protocol"],
         data={
+            "calibration": state.calibration.to_dict() if state.calibration else None,
             "heal": {
                 "source": Path(options.train_text).name,
                 "tokens": state.blocks.tokens,
@@ -337,6 +376,7 @@ def _finish(state: _Run, student: PreTrainedModel, measured: dict[str, Any]) -> 
         saved_dtype=str(dtype).removeprefix("torch."),
         stages=[_without_sample(stage) for stage in stages],
         controls={name: _without_sample(entry) for name, entry in controls.items()},
+        budget=state.plan.budget,
         samples=_samples(options, teacher, stages, controls),
         total_seconds=round(state.book.seconds(), 1),
     )

@@ -21,6 +21,8 @@ from kronfold.pipelines.placement import fit_row, place_embedding, place_linear
 from kronfold.planner import planning
 from kronfold.planner.plan import PlanRow
 
+TOKENS_PER_CALL = 4096
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -63,7 +65,7 @@ def compress_sequentially(
     views = sites(model)
     planning.check_rows(views, rows)
     pending = {row.name: row for row in rows}
-    dense = BlockStream(model, windows)
+    dense = BlockStream(model, windows, batch_for(windows))
     dense.start()
     done: list[PlanRow] = []
     outside = [row for row in rows if views[row.name].block is None]
@@ -88,6 +90,14 @@ def compress_sequentially(
     attach(model)
     order = {row.name: i for i, row in enumerate(rows)}
     return sorted(done, key=lambda row: order[row.name])
+
+
+def batch_for(windows: Tensor) -> int:
+    """The largest number of windows per call that divides their count and stays within TOKENS_PER_CALL."""
+    count, window = windows.shape
+    return max(
+        size for size in range(1, count + 1) if count % size == 0 and (size == 1 or size * window <= TOKENS_PER_CALL)
+    )
 
 
 def _fit_outside(model: PreTrainedModel, view: LinearView, row: PlanRow, statistics: Statistics, seed: int) -> PlanRow:

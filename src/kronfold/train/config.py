@@ -34,6 +34,8 @@ class HealConfig:
         dropout: whether the student's dropout stays on. A compressed model on a short budget underfits, and
             attention without dropout has far faster kernels, so it is off unless asked for.
         seed: order of the blocks and dropout. Same seed, same machine, same result.
+        start_tokens: how far into the seeded order of the blocks to begin, so that the stages of one run, each with
+            its share of the budget, read on where the one before stopped.
         bf16: autocast to bfloat16; "auto" where the machine computes in it natively.
         save_steps: a checkpoint every so many steps and at the end, the two newest kept. Only with an
             output_dir; None is a tenth of the run.
@@ -55,6 +57,7 @@ class HealConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     dropout: bool = False
     seed: int = 0
+    start_tokens: int = 0
     bf16: bool | Literal["auto"] = "auto"
     save_steps: int | None = None
     log_every: int = 10
@@ -67,6 +70,8 @@ class HealConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 faults.append(f"{name}={value} must be at least 1")
+        if self.start_tokens < 0:
+            faults.append(f"start_tokens={self.start_tokens} must be 0 or above")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             faults.append(f"learning_rate={self.learning_rate} must be above 0; 1e-4 to 2e-3 is usual")
         if not 0 <= self.warmup < 1:

@@ -112,7 +112,8 @@ def heal(
             if output_dir:  # the other processes find what the first has noted down, as if resuming
                 checkpoint = checkpoints.prepare(place, settings, resume or args.process_index > 0)
         watcher = _Watcher(progress, blocks_per_step * block)
-        stream = ShuffledStream(data, args.max_steps * blocks_per_step, config.seed)
+        start = config.start_tokens // block
+        stream = ShuffledStream(data, args.max_steps * blocks_per_step, config.seed, start)
         state, seconds = _train(student, teacher, stream, config, args, checkpoint, [watcher, *callbacks])
     steps, resumed_from = state.global_step, checkpoints.step_of(checkpoint) if checkpoint else None
     return HealResult(

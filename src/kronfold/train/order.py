@@ -14,12 +14,15 @@ class ShuffledStream(Dataset):
     Read from first to last, every batch is full and item i depends on (seed, i) only, not on how items are
     grouped into batches, micro-batches or processes. So a run resumes exactly, and any split of the global
     batch sees the same data.
+
+    `start`: items of the stream that earlier stages have read; item 0 here is item `start` of the whole.
     """
 
-    def __init__(self, data: Dataset, length: int, seed: int) -> None:
+    def __init__(self, data: Dataset, length: int, seed: int, start: int = 0) -> None:
         self.data = data
         self.length = length
         self.seed = seed
+        self.start = start
         self._epoch = -1
         self._order: list[int] = []
 
@@ -30,7 +33,7 @@ class ShuffledStream(Dataset):
         if not 0 <= index < self.length:
             raise IndexError(index)
         size = len(self.data)  # type: ignore[arg-type]
-        epoch, position = divmod(index, size)
+        epoch, position = divmod(self.start + index, size)
         if epoch != self._epoch:
             # One generator per epoch; an odd multiplier keeps (seed, epoch) pairs of neighbouring seeds
             # apart.
