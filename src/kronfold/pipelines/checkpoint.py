@@ -25,6 +25,7 @@ from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer, read_dtype
 from kronfold.models.surgery import read_specs
 from kronfold.pipelines.compress import Progress, compress_stage
+from kronfold.pipelines.gathers import absorb_gathers
 from kronfold.planner import planning
 from kronfold.planner.plan import Plan
 from kronfold.planner.recipe import HealRecipe
@@ -57,6 +58,7 @@ def compress_to(
     for stage in made.stages:
         rows = compress_stage(teacher, stage.rows, seed=seed, progress=progress)
         stages.append({"name": stage.name, "rows": [row.to_dict() for row in rows]})
+    gathers = absorb_gathers(teacher)
     document = results.document(
         "compress",
         seed,
@@ -64,6 +66,7 @@ def compress_to(
         recipe={"name": made.recipe, "description": made.description},
         teacher=before.to_dict(),
         **cost(teacher).to_dict(),
+        gathers=gathers,
         stages=stages,
         decompose_seconds=round(time.monotonic() - started, 2),
     )

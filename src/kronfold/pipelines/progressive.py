@@ -30,6 +30,7 @@ from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer
 from kronfold.pipelines.checkpoint import heal_by
 from kronfold.pipelines.compress import compress, compress_stage
+from kronfold.pipelines.gathers import absorb_gathers
 from kronfold.pipelines.steps import StepBook
 from kronfold.planner import planning
 from kronfold.planner.recipe import HealRecipe, Recipe, load_recipe
@@ -240,24 +241,31 @@ def _stages(state: _Run, recipe: Recipe, track: str) -> list[dict[str, Any]]:
     for stage in plan.stages:
         place = state.work / track / stage.name
         source = previous
-        done.append(state.book.step(f"{track}/{stage.name}", lambda: _stage(state, stage, source, place)))  # noqa: B023
+        last = stage is plan.stages[-1]
+        done.append(
+            state.book.step(f"{track}/{stage.name}", lambda: _stage(state, stage, source, place, last))  # noqa: B023
+        )
         shutil.rmtree(_trainer_of(place), ignore_errors=True)  # only now is the stage written down
         previous = place
     return done
 
 
-def _stage(state: _Run, stage: planning.PlanStage, source: str | Path, place: Path) -> dict[str, Any]:
+def _stage(state: _Run, stage: planning.PlanStage, source: str | Path, place: Path, last: bool) -> dict[str, Any]:
+    """Compress, heal, measure and save one stage; the last one, which is fitted no more, has its gathers absorbed."""
+
     def progress(name: str, done: int, total: int) -> None:
         state.report(f"decompose {name}".strip(), done, total)
 
     started = time.monotonic()
     student = load_model(source, device=state.options.device)
     rows = compress_stage(student, stage.rows, seed=state.options.seed, progress=progress)
+    gathers = {"gathers": absorb_gathers(student)} if last else {}
     decomposed = time.monotonic() - started
     before = state.perplexity(student, f"{stage.name}, before healing")
     entry: dict[str, Any] = {
         "name": stage.name,
         "rows": [row.to_dict() for row in rows],
+        **gathers,
         "held_parameters": cost(student).held_parameters,
         "before_healing": before["perplexity"],
         "after_healing": before["perplexity"],
@@ -332,6 +340,7 @@ def _finish(state: _Run, student: PreTrainedModel, measured: dict[str, Any]) -> 
         },
         teacher={key: value for key, value in teacher.items() if key not in ("sample", "evaluation")},
         **cost(student).to_dict(),
+        gathers=stages[-1]["gathers"],
         perplexity=final["perplexity"],
         saved_dtype=str(dtype).removeprefix("torch."),
         stages=[_without_sample(stage) for stage in stages],
@@ -344,7 +353,7 @@ def _finish(state: _Run, student: PreTrainedModel, measured: dict[str, Any]) -> 
 
 
 def _without_sample(entry: dict[str, Any]) -> dict[str, Any]:
-    clean = {key: value for key, value in entry.items() if key != "sample"}
+    clean = {key: value for key, value in entry.items() if key not in ("sample", "gathers")}
     if "stages" in clean:
         clean["stages"] = [_without_sample(stage) for stage in clean["stages"]]
     return clean
