@@ -333,7 +333,7 @@ def test_query_heads_of_a_group_share_their_values(second, left):
 
 
 def test_a_shipped_recipe_after_absorbing():
-    """As it ships, in float32: one gather of each compressed feed-forward part went, and one more of the stream goes."""
+    """As it ships, in float32: a gather of each compressed feed-forward part went, and one more of the stream goes."""
     student = kf.compress(pico.gpt2(n_layer=2), "tqcompressor")
     held = {gather.name for gather in ab.remaining_gathers(student)}
     assert "transformer.h.1.mlp.c_fc.gather_out" not in held
@@ -448,7 +448,9 @@ def recipe_of(mix: str) -> Recipe:
 
 
 EVERY_FAMILY = ("kronecker", "low rank")
-CASES = [(name, mix) for name in pico.FAMILY_CONFIGS for mix in MIXES if mix in EVERY_FAMILY or name in ("gpt2", "llama")]
+CASES = [
+    (name, mix) for name in pico.FAMILY_CONFIGS for mix in MIXES if mix in EVERY_FAMILY or name in ("gpt2", "llama")
+]
 
 
 @pytest.mark.parametrize(("name", "mix"), CASES)

@@ -18,7 +18,7 @@ def absorb_gathers(model: PreTrainedModel) -> dict[str, Any]:
     Call it once, after the last stage is fitted: a later stage would search its permutations from another start. Of a
     model without a family record nothing is reordered.
 
-    Returns the `gathers` entry of result documents: {"absorbed": how many are gone, "remaining": names, "bytes": theirs}.
+    Returns the `gathers` entry of documents: {"absorbed": how many are gone, "remaining": names, "bytes": theirs}.
     """
     if family_of(model).generic:
         return gathers_of(model)
