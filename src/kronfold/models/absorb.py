@@ -103,7 +103,7 @@ def expected_gathers(skeleton: PreTrainedModel) -> AbsorbReport:
 
 
 def _freed(ports: list[Port], undoable: list[Port]) -> set[str]:
-    """The gather that `_reorder_best` removes from ports whose gathers all differ; none if one would get a new gather."""
+    """The gather that `_reorder_best` removes from ports whose gathers all differ; none if another gets a new one."""
     if any(port.fault or (port.holds_gather and port.gather is None) for port in ports):
         return set()
     held = [port for port in undoable if port.gather is not None]
