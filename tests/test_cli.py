@@ -77,7 +77,11 @@ def test_compress_inspect_eval_validate(call, model, text, tmp_path):
     assert code == 0
     assert inspected["held_parameters"] == compressed["held_parameters"]
     assert inspected["modules"]["lm_head"] == {"structure": "tied_head"}
-    assert "kronecker" in call("inspect", out_dir)[1]
+    assert inspected["gathers"] == {**compressed["gathers"], "absorbed": 0}
+    assert compressed["gathers"]["absorbed"] == 1
+    shown = call("inspect", out_dir)[1]
+    assert "kronecker" in shown
+    assert f"Gathers: {len(compressed['gathers']['remaining'])} remain ({compressed['index_bytes']:,} bytes)" in shown
 
     measured = tmp_path / "eval.json"
     code, out, _ = call("eval", out_dir, "--eval-text", text, "-o", measured, "--json")
@@ -89,7 +93,10 @@ def test_compress_inspect_eval_validate(call, model, text, tmp_path):
 
     assert call("validate", "tqcompressor", "--model", model)[0] == 0
     plan = tmp_path / "plan.json"
-    assert call("plan", model, "--no-errors", "-o", plan)[0] == 0
+    code, out, _ = call("plan", model, "--no-errors", "-o", plan)
+    assert code == 0
+    assert "Gathers: 1 absorbed by neighbouring layers" in out
+    assert json.loads(plan.read_text())["gathers"] == compressed["gathers"]
     assert "fits" in call("validate", plan, "--model", model)[1]
     assert call("compress", model, "--plan", plan, "-o", tmp_path / "by-plan")[0] == 0
 

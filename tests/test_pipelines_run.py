@@ -13,6 +13,7 @@ import pico
 from kronfold.base.errors import InputError, OutputError
 from kronfold.models.cost import cost
 from kronfold.pipelines import progressive
+from kronfold.pipelines.gathers import gathers_of
 from kronfold.pipelines.progressive import RunOptions, check_controls, run
 
 
@@ -58,6 +59,9 @@ def test_the_checkpoint_is_what_was_measured(finished, options):
     assert json.loads((place / "results.json").read_text()) == document
     model = AutoModelForCausalLM.from_pretrained(place)
     assert cost(model).held_parameters == document["held_parameters"]
+    assert gathers_of(model) == {**document["gathers"], "absorbed": 0}
+    assert document["gathers"]["absorbed"] > 0
+    assert document["gathers"]["bytes"] == cost(model).index_bytes
     found = kf.perplexity(model, pico.tokenizer(), (pico.TEXT * 12))
     assert found.perplexity == pytest.approx(document["perplexity"], rel=1e-6)
     assert document["perplexity"] == pytest.approx(document["stages"][-1]["after_healing"], rel=1e-6)

@@ -10,7 +10,7 @@ from rich.console import Console
 from kronfold.base.errors import InputError
 from kronfold.report import numbers
 from kronfold.report.document import short_names
-from kronfold.report.tables import plan_table, run_summary
+from kronfold.report.tables import gathers_line, plan_table, run_summary
 from report_examples import bare_document, run_document, unfinished_document
 
 
@@ -117,6 +117,17 @@ def test_plan_table_groups_equal_matrices_and_keeps_their_sum():
         "embedding-again · kronecker",
     ]
     assert sum("wte" in line for line in lines) == 2
+
+
+def test_plan_table_names_the_gathers_that_remain():
+    names = [f"transformer.h.{i}.mlp.{part}" for part in ("c_fc.gather_in", "c_proj.gather_in") for i in (0, 1)]
+    found = {"absorbed": 2, "remaining": names, "bytes": 30_720}
+    listed = "h.{0,1}.mlp.c_fc.gather_in, h.{0,1}.mlp.c_proj.gather_in"
+    assert gathers_line(found) == f"Gathers: 2 absorbed by neighbouring layers, 4 remain (30,720 bytes): {listed}"
+    assert gathers_line({"absorbed": 0, "remaining": [], "bytes": 0}) == "Gathers: none remain."
+    lines = _text(plan_table({**gpt2_plan(), "gathers": found}))
+    assert sum("Gathers:" in line for line in lines) == 1
+    assert max(map(len, lines)) <= 100
 
 
 def test_plan_table_shows_the_range_of_errors_of_a_group():

@@ -139,6 +139,9 @@ class LowRankSpec:
     Taking rank rows of the matrix itself as second factor uses that up, so the count is rank·(out + in - rank),
     never above the dense one (pivoting factorisation, arXiv 2501.19090).
 
+    Args:
+        permuted: hold where each output stands; False once a neighbour gives the outputs in the order of the factors.
+
     Raises:
         ShapeError: a size below 1, or a rank above the smaller side.
     """
@@ -147,6 +150,7 @@ class LowRankSpec:
     out_features: int
     in_features: int
     rank: int
+    permuted: bool = True
 
     def __post_init__(self) -> None:
         if min(self.out_features, self.in_features, self.rank) < 1:
@@ -178,7 +182,7 @@ class LowRankSpec:
     @property
     def index_count(self) -> int:
         """Stored integers (int32 each): where each output comes from."""
-        return self.out_features
+        return self.permuted * self.out_features
 
     @property
     def macs_per_token(self) -> int:

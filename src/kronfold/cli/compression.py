@@ -294,8 +294,12 @@ def _decomposing(report: Any) -> Any:
 
 
 def _saved(document: dict[str, Any], output: str) -> str:
+    from kronfold.report.tables import gathers_line
+
     before, after = document["teacher"]["held_parameters"], document["held_parameters"]
     lines = [f"{after:,} held parameters ({after / before:.1%} of {before:,}), saved in {output}/"]
+    if document.get("gathers"):
+        lines.append(gathers_line(document["gathers"]))
     stage = document.get("stages", [{}])[0]
     if stage.get("before_healing"):
         lines.append(f"perplexity {stage['before_healing']:.2f} before healing, {stage['after_healing']:.2f} after")

@@ -90,7 +90,9 @@ def inspect(model: t.Model, json: t.Json = False) -> None:
     from kronfold.models.load import load_config, load_model
     from kronfold.models.recognised import recognised
     from kronfold.models.surgery import read_specs
+    from kronfold.pipelines.gathers import gathers_of
     from kronfold.planner.planning import skeleton_of
+    from kronfold.report.tables import gathers_line
 
     t.prepare()
     source = t.resolve_model(model)
@@ -104,6 +106,7 @@ def inspect(model: t.Model, json: t.Json = False) -> None:
         model_type=subject.config.model_type,
         dtype=str(subject.dtype).removeprefix("torch."),
         **cost(subject).to_dict(),
+        gathers=gathers_of(subject),
         modules=specs,
         recognised=parts.to_dict(),
     )
@@ -117,7 +120,8 @@ def inspect(model: t.Model, json: t.Json = False) -> None:
         f"{document['bytes_fp16']:,} bytes at fp16, {document['bytes_fp32']:,} at fp32, stored as {document['dtype']}"
     )
     shown = [table] if specs else ["No structured modules: a dense model."]
-    t.emit(document, json, *shown, sizes, *([parts.lines()] if parts.generic else []))
+    gathers = [gathers_line(document["gathers"])] if specs else []
+    t.emit(document, json, *shown, sizes, *gathers, *([parts.lines()] if parts.generic else []))
 
 
 def validate(

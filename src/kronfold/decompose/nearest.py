@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ def nearest_kronecker_batch(weights: Tensor | Sequence[Tensor], spec: KroneckerS
     return [_finish(w, basis, spec) for w, basis in zip(matrices, bases, strict=True)]
 
 
-def check_weight(weight: Tensor, spec: KroneckerSpec) -> Tensor:
+def check_weight(weight: Tensor, spec: Any) -> Tensor:
     """`weight` detached on the CPU in its own dtype, once it is known to fit `spec`. Raises as above."""
     if weight.dim() != 2:
         raise ShapeError(

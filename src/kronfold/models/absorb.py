@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from kronfold.base.errors import InputError
 from kronfold.models.families import FAMILIES, Family, family_of
 from kronfold.models.linear_view import is_tied
 from kronfold.models.ports import Port, check_ports, readers, writer
+from kronfold.nn import GroupedEmbedding
 
 Moves = list[tuple[Port, Tensor]]
 
@@ -47,6 +49,14 @@ class AbsorbReport:
     bytes_before: int
     bytes_after: int
 
+    def to_dict(self) -> dict[str, Any]:
+        """The `gathers` entry of result documents: how many are gone, the names of those that stay and their bytes."""
+        return {
+            "absorbed": len(self.absorbed),
+            "remaining": [gather.name for gather in self.remaining],
+            "bytes": self.bytes_after,
+        }
+
     def __str__(self) -> str:
         return (
             f"{len(self.absorbed)} gathers absorbed, {len(self.remaining)} remain "
@@ -55,14 +65,49 @@ class AbsorbReport:
 
 
 def remaining_gathers(model: PreTrainedModel) -> list[Gather]:
-    """Every gather the model runs, in model order. Works on the meta device."""
+    """Every gather the model runs, in model order, the order of tokens in a grouped embedding (`position`) included.
+
+    Works on the meta device.
+    """
     found = []
     for name, module in model.named_modules():
-        for key in ("gather_in", "gather_out", "gather"):
+        keys = ("gather_in", "gather_out", "gather", *(["position"] if isinstance(module, GroupedEmbedding) else []))
+        for key in keys:
             buffer = getattr(module, key, None)
             if isinstance(buffer, Tensor):
                 found.append(Gather(f"{name}.{key}", buffer.numel() * buffer.element_size()))
     return found
+
+
+def expected_gathers(skeleton: PreTrainedModel) -> AbsorbReport:
+    """What `absorb(model, residual=False)` will do to a model of this structure, told without its permutations.
+
+    It supposes that no two gathers agree and that none which spans several heads stays inside them; where a search ends
+    that way by chance fewer remain. Of a family without a record none is absorbed.
+
+    Args:
+        skeleton: with the gathers as fitting leaves them; their numbers are not read (meta device).
+    """
+    family = family_of(skeleton)
+    freed: set[str] = set()
+    for block in range(0 if family.generic else _depth(skeleton, family)):
+        hidden = _hidden_ports(skeleton, family, block)
+        freed |= _freed(hidden, hidden)
+        heads, kv_heads, _ = _heads(skeleton, family, block)
+        value = _query_key_value(skeleton, family, block)[2]
+        output = readers(skeleton, family.block_name(block, family.attention_output[0]))
+        inside = [*([value] if kv_heads == 1 else []), *(output if heads == 1 else [])]
+        freed |= _freed([value, *output], inside)
+    before = remaining_gathers(skeleton)
+    return _report(before, [gather for gather in before if gather.name not in freed])
+
+
+def _freed(ports: list[Port], undoable: list[Port]) -> set[str]:
+    """The gather that `_reorder_best` removes from ports whose gathers all differ; none if another gets a new one."""
+    if any(port.fault or (port.holds_gather and port.gather is None) for port in ports):
+        return set()
+    held = [port for port in undoable if port.gather is not None]
+    return {f"{port.name}.gather_{port.side}" for port in held[:1]}
 
 
 def permute_hidden_units(model: PreTrainedModel, block: int, perm: Tensor) -> None:
@@ -140,7 +185,10 @@ def absorb(model: PreTrainedModel, residual: bool = True) -> AbsorbReport:
     if residual:
         stream = _residual_ports(model, family)
         _reorder_best(_undoing(stream), partial(_alike, stream))
-    after = remaining_gathers(model)
+    return _report(before, remaining_gathers(model))
+
+
+def _report(before: list[Gather], after: list[Gather]) -> AbsorbReport:
     names = {gather.name for gather in after}
     return AbsorbReport(
         absorbed=[gather for gather in before if gather.name not in names],

@@ -99,7 +99,13 @@ def ask_sum(shape: Pair, entry: Mapping[str, Any]) -> SumSpec:
         raise RecipeError("structure sum needs terms: a list such as [{structure: low_rank, ratio: 0.3}, ...]")
     if extra := [key for key in ("block", "rank", "ratio") if entry.get(key) is not None]:
         raise RecipeError(f"structure sum takes only terms; say {', '.join(extra)} inside them")
-    return SumSpec([_plain(_term(term).ask(shape, term)) for term in entry["terms"]])
+    return SumSpec([_plain(_asked(shape, term)) for term in entry["terms"]])
+
+
+def _asked(shape: Pair, entry: Mapping[str, Any]) -> Any:
+    ask = _term(entry).ask
+    assert ask is not None
+    return ask(shape, entry)
 
 
 def _term(entry: Mapping[str, Any]) -> Structure:

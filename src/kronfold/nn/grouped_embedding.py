@@ -48,6 +48,15 @@ class EmbeddingGroup(nn.Module):
             return rows
         return torch.index_select(torch.cat([rows, rows @ self.mix], dim=-1), -1, self.gather)
 
+    def permute_outputs(self, perm: Tensor) -> None:
+        """Reorder the columns in place. perm: (width,)."""
+        perm = perm.to(self.rows.device)
+        if self.gather is not None:
+            self.gather.copy_(self.gather[perm])
+            return
+        with torch.no_grad():
+            self.rows.copy_(self.rows[:, perm])
+
     def logits(self, hidden: Tensor) -> Tensor:
         """`hidden · Eᵀ` for the tokens of this group: (..., width) -> (..., size)."""
         if self.mix is not None and self.gather is not None:
@@ -114,6 +123,11 @@ class GroupedEmbedding(nn.Module):
     def dense_weight(self) -> Tensor:
         """E, (V, embedding_dim)."""
         return torch.cat([group.expand(group.rows) for group in self.groups])[self.position.long()]
+
+    def permute_outputs(self, perm: Tensor) -> None:
+        """Reorder the columns of E in place; a head tied to it reorders its inputs alike. perm: (embedding_dim,)."""
+        for group in self.groups:
+            group.permute_outputs(perm)
 
     def macs_per_token(self) -> float:
         """Multiply-accumulates to expand one looked-up row: every group takes part."""

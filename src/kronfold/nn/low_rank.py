@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from kronfold.base.specs import LowRankSpec
 from kronfold.nn.structured import StructuredLinear
+from kronfold.ops.permutation import drop_identity
 
 
 class LowRankLinear(StructuredLinear):
@@ -18,9 +20,10 @@ class LowRankLinear(StructuredLinear):
 
     Args:
         in_features, out_features, rank: sizes; rank at most the smaller of the two. bias: hold a bias.
+        permuted: hold a gather for the output features.
 
     Parameters: `pivots` P (rank, in), `mix` C (out - rank, rank), `bias` (out,) or None. Buffer (int32): `gather_out`
-    (out,), where in [z, C z] each output stands.
+    (out,), where in [z, C z] each output stands; None where they stand in that order.
 
     Raises:
         ShapeError: impossible sizes.
@@ -29,7 +32,9 @@ class LowRankLinear(StructuredLinear):
     """
 
     structure = "low_rank"
-    gather_out: Tensor
+    pivots: nn.Parameter
+    mix: nn.Parameter
+    gather_out: Tensor | None
 
     def __init__(
         self,
@@ -39,26 +44,46 @@ class LowRankLinear(StructuredLinear):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        permuted: bool = True,
     ) -> None:
         super().__init__()
-        self.spec = LowRankSpec(out_features, in_features, rank)
+        self.spec = LowRankSpec(out_features, in_features, rank, permuted)
         self.in_features, self.out_features = in_features, out_features
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.pivots = nn.Parameter(torch.empty(rank, in_features, **factory))
         self.mix = nn.Parameter(torch.empty(out_features - rank, rank, **factory))
         self.add_bias(bias, device, dtype)
-        self.register_buffer("gather_out", torch.arange(out_features, dtype=torch.int32, device=device))
+        identity = torch.arange(out_features, dtype=torch.int32, device=device)
+        self.register_buffer("gather_out", identity if permuted else None)
         nn.init.normal_(self.pivots, std=1 / math.sqrt(3 * in_features))  # rows as a fresh nn.Linear has them
         nn.init.normal_(self.mix, std=1 / math.sqrt(rank))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features); returns (..., out_features)."""
         z = F.linear(x, self.pivots)
-        y = torch.index_select(torch.cat([z, F.linear(z, self.mix)], dim=-1), -1, self.gather_out)
+        y = torch.cat([z, F.linear(z, self.mix)], dim=-1)
+        if self.gather_out is not None:
+            y = torch.index_select(y, -1, self.gather_out)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dense_weight(self) -> Tensor:
-        return torch.cat([self.pivots, self.mix @ self.pivots])[self.gather_out.long()]
+        weight = torch.cat([self.pivots, self.mix @ self.pivots])
+        return weight if self.gather_out is None else weight[self.gather_out.long()]
+
+    def permute_inputs(self, perm: Tensor) -> None:
+        """Reorder the input features in place: the layer then takes `x[..., perm]` where it took x. perm: (in,)."""
+        with torch.no_grad():
+            self.pivots.copy_(self.pivots[:, perm.to(self.pivots.device)])
+
+    def permute_outputs(self, perm: Tensor) -> None:
+        """Reorder the output features in place, bias included: the layer then returns `y[..., perm]`. perm: (out,)."""
+        perm = perm.to(self.pivots.device)
+        gather = perm if self.gather_out is None else self.gather_out[perm]
+        self.gather_out = drop_identity(gather.int())
+        self.spec = replace(self.spec, permuted=self.gather_out is not None)
+        if self.bias is not None:
+            with torch.no_grad():
+                self.bias.copy_(self.bias[perm])
 
     def macs_per_token(self) -> float:
         return self.spec.macs_per_token
@@ -74,7 +99,8 @@ class LowRankLinear(StructuredLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> LowRankLinear:
-        return cls(spec["in_features"], spec["out_features"], spec["rank"], bias, device=device, dtype=dtype)
+        s = LowRankSpec(**{k: v for k, v in spec.items() if k != "structure"})
+        return cls(s.in_features, s.out_features, s.rank, bias, device, dtype, s.permuted)
 
     @classmethod
     def from_fit(
@@ -90,7 +116,7 @@ class LowRankLinear(StructuredLinear):
         with torch.no_grad():
             layer.pivots.copy_(fit.pivots)
             layer.mix.copy_(fit.mix)
-            layer.gather_out.copy_(fit.gather_out)
+            layer.gather_out = fit.gather_out.to(layer.pivots.device, torch.int32)
         layer.set_bias(bias)
         return layer
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from transformers import PreTrainedModel
 
 from kronfold.base.errors import RecipeError
 from kronfold.data.calibration import calibration_windows
-from kronfold.export.quantizer import attach
 from kronfold.models.surgery import read_specs
 from kronfold.pipelines.calibration import Calibration, calibrated
 from kronfold.pipelines.sequential import compress_sequentially
@@ -108,23 +106,3 @@ def fit_rows(
             model, rows, calibration.statistics, calibration.windows, seed=seed, progress=progress
         )
     return compress_stage(model, rows, seed=seed, statistics=calibration.statistics, progress=progress)
-
-
-def auto(
-    model: PreTrainedModel,
-    calibration: Calibration,
-    settings: AutoRecipe,
-    budget: Budget | None = None,
-    *,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> tuple[PreTrainedModel, Plan]:
-    """A compressed copy of `model` that meets the budget, and the plan it was made by."""
-    made = plan_auto(model, calibration, settings, budget, progress=progress)
-    student = copy.deepcopy(model)
-    stage = made.stages[0]
-    stage.rows = fit_rows(
-        student, stage.rows, calibration, sequential=settings.sequential, seed=seed, progress=progress
-    )
-    attach(student)
-    return student, made

@@ -26,6 +26,7 @@ from kronfold.models.load import load_model, load_tokenizer, read_dtype
 from kronfold.models.surgery import read_specs
 from kronfold.pipelines.auto import calibrate_on, fit_rows, settings_of
 from kronfold.pipelines.compress import plan
+from kronfold.pipelines.gathers import absorb_gathers
 from kronfold.pipelines.stage import Progress
 from kronfold.planner import planning
 from kronfold.planner.budget import Budget
@@ -76,6 +77,7 @@ def compress_to(
     for stage in made.stages:
         stage.rows = fit_rows(teacher, stage.rows, found, sequential=settings.sequential, seed=seed, progress=progress)
         stages.append({"name": stage.name, "rows": [row.to_dict() for row in stage.rows]})
+    gathers = absorb_gathers(teacher)
     document = results.document(
         "compress",
         seed,
@@ -83,6 +85,7 @@ def compress_to(
         recipe={"name": made.recipe, "description": made.description},
         teacher=before.to_dict(),
         **cost(teacher).to_dict(),
+        gathers=gathers,
         stages=stages,
         budget=made.budget,
         calibration={"texts": [Path(text).name for text in calibration], **found.to_dict()} if found else None,

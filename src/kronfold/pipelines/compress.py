@@ -15,6 +15,7 @@ from kronfold.models.calibrate import fingerprint
 from kronfold.models.load import load_tokenizer
 from kronfold.pipelines.auto import calibrate_on, fit_rows, plan_auto
 from kronfold.pipelines.calibration import Calibration
+from kronfold.pipelines.gathers import absorb_gathers
 from kronfold.pipelines.stage import Progress, compress_stage
 from kronfold.planner import planning
 from kronfold.planner.budget import Budget
@@ -85,6 +86,8 @@ def compress(
 ) -> PreTrainedModel:
     """A compressed copy of `model`: the same class, structured modules in place, ready to heal and to save.
 
+    Hidden units and value channels are reordered where that saves a gather; block outputs keep their order.
+
     Args:
         model: a causal language model with weights; unchanged.
         recipe_or_plan: a recipe (name, file, object), or a plan made for this model. All its stages are carried out.
@@ -117,6 +120,7 @@ def compress(
     student = copy.deepcopy(model)
     for stage in made.stages:
         fit_rows(student, stage.rows, found, sequential=settings.sequential, seed=seed, progress=progress)
+    absorb_gathers(student)
     return student
 
 

@@ -32,6 +32,7 @@ from kronfold.models.load import load_model, load_tokenizer
 from kronfold.pipelines.auto import calibrate_on, fit_rows, plan_auto, settings_of
 from kronfold.pipelines.calibration import Calibration
 from kronfold.pipelines.checkpoint import heal_by
+from kronfold.pipelines.gathers import absorb_gathers
 from kronfold.pipelines.steps import StepBook
 from kronfold.planner import planning
 from kronfold.planner.budget import Budget
@@ -276,24 +277,32 @@ def _stages(state: _Run, recipe: Recipe, track: str) -> list[dict[str, Any]]:
     for stage in plan.stages:
         place = state.work / track / stage.name
         source, read = previous, sum(entry["tokens"] for entry in done)
+        last = stage is plan.stages[-1]
         done.append(
-            state.book.step(f"{track}/{stage.name}", lambda: _stage(state, stage, source, place, read))  # noqa: B023
+            state.book.step(f"{track}/{stage.name}", lambda: _stage(state, stage, source, place, read, last))  # noqa: B023
         )
         shutil.rmtree(_trainer_of(place), ignore_errors=True)  # only now is the stage written down
         previous = place
     return done
 
 
-def _stage(state: _Run, stage: planning.PlanStage, source: str | Path, place: Path, read: int) -> dict[str, Any]:
-    """One stage from the checkpoint `source` to the checkpoint `place`; `read` tokens were healed on before it."""
+def _stage(
+    state: _Run, stage: planning.PlanStage, source: str | Path, place: Path, read: int, last: bool
+) -> dict[str, Any]:
+    """Compress, heal, measure and save one stage; the last one, which is fitted no more, has its gathers absorbed.
+
+    `read`: tokens the stages before it were healed on.
+    """
     started = time.monotonic()
     student = load_model(source, device=state.options.device)
     rows = state.fit(student, stage.rows)
+    gathers = {"gathers": absorb_gathers(student)} if last else {}
     decomposed = time.monotonic() - started
     before = state.perplexity(student, f"{stage.name}, before healing")
     entry: dict[str, Any] = {
         "name": stage.name,
         "rows": [row.to_dict() for row in rows],
+        **gathers,
         "held_parameters": cost(student).held_parameters,
         "before_healing": before["perplexity"],
         "after_healing": before["perplexity"],
@@ -372,6 +381,7 @@ def _finish(state: _Run, student: PreTrainedModel, measured: dict[str, Any]) -> 
         },
         teacher={key: value for key, value in teacher.items() if key not in ("sample", "evaluation")},
         **cost(student).to_dict(),
+        gathers=stages[-1]["gathers"],
         perplexity=final["perplexity"],
         saved_dtype=str(dtype).removeprefix("torch."),
         stages=[_without_sample(stage) for stage in stages],
@@ -385,7 +395,7 @@ def _finish(state: _Run, student: PreTrainedModel, measured: dict[str, Any]) -> 
 
 
 def _without_sample(entry: dict[str, Any]) -> dict[str, Any]:
-    clean = {key: value for key, value in entry.items() if key != "sample"}
+    clean = {key: value for key, value in entry.items() if key not in ("sample", "gathers")}
     if "stages" in clean:
         clean["stages"] = [_without_sample(stage) for stage in clean["stages"]]
     return clean

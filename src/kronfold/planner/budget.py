@@ -16,7 +16,7 @@ from kronfold.models.linear_view import sites
 from kronfold.models.surgery import read_specs
 from kronfold.planner.allocate import Allocation, Options, allocate
 from kronfold.planner.plan import Plan, PlanRow, PlanStage
-from kronfold.planner.planning import check_rows, name_of_tied_head, skeleton_of, specs_after
+from kronfold.planner.planning import check_rows, cost_absorbed, name_of_tied_head, skeleton_of, specs_after
 from kronfold.planner.recipe import HealRecipe
 from kronfold.planner.sensitivity import SiteCurve, Unit, embedding_spec
 
@@ -124,7 +124,7 @@ def plan_for_budget(
     rows = _rows(curves, table, found)
     check_rows(views, rows)
     specs = specs_after(views, rows, read_specs(skeleton), name_of_tied_head(skeleton))
-    after = cost(skeleton_of(model_or_config, specs))
+    after, gathers = cost_absorbed(skeleton_of(model_or_config, specs))
     return Plan(
         recipe=name,
         description=f"Planned for {amount:,.0f} {budget.unit}: least predicted loss, site by site.",
@@ -140,6 +140,7 @@ def plan_for_budget(
             "optimality_gap": found.gap,
             "left_dense": sorted({curve.site for curve in curves} - {row.name for row in rows}),
         },
+        gathers=gathers,
     )
 
 

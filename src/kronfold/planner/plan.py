@@ -60,6 +60,8 @@ class Plan:
     teacher, cost: costs of the model before and after all stages.
     rows: all rows of all stages, in order.
     budget: what a planned recipe was asked for and what the planner says about its choice (see `planner.budget`).
+    gathers: how many gathers will be absorbed by neighbouring layers, the names of those that remain, their bytes
+        (`models.absorb.AbsorbReport.to_dict`); None in files of older versions. `cost` counts those that remain.
     """
 
     recipe: str
@@ -68,6 +70,7 @@ class Plan:
     teacher: Cost
     cost: Cost
     budget: dict[str, Any] | None = None
+    gathers: dict[str, Any] | None = None
 
     @property
     def rows(self) -> list[PlanRow]:
@@ -88,6 +91,7 @@ class Plan:
             rows=[{"stage": stage.name, **row.to_dict()} for stage in self.stages for row in stage.rows],
             heal={stage.name: stage.heal.model_dump() if stage.heal else None for stage in self.stages},
             **({"budget": self.budget} if self.budget else {}),
+            **({"gathers": self.gathers} if self.gathers else {}),
         )
 
     def save(self, path: str | Path) -> None:
@@ -134,4 +138,5 @@ class Plan:
             teacher=Cost(**{key: content[f"teacher_{key.removeprefix('held_')}"] for key in keys}),
             cost=Cost(**{key: content[key] for key in keys}),
             budget=content.get("budget"),
+            gathers=content.get("gathers"),
         )

@@ -57,5 +57,5 @@ def _totals(plan: Plan) -> dict[str, Any]:
     return {
         "recipe": plan.recipe,
         **plan.cost.to_dict(),
-        "predicted_loss": None if None in predicted or not predicted else sum(predicted),  # type: ignore[arg-type]
+        "predicted_loss": None if None in predicted or not predicted else sum(predicted),
     }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kronfold.base.errors import KronfoldError, RecipeError, suggest
+from kronfold.models.absorb import expected_gathers
 from kronfold.models.cost import Cost, cost
 from kronfold.models.families import empty_model, family_of
 from kronfold.models.linear_view import LinearView, is_tied, sites
@@ -63,13 +65,27 @@ def plan(model_or_config: PreTrainedModel | PretrainedConfig, recipe: str | Reci
         raise RecipeError(
             f"Recipe {recipe.name!r} does not fit this model, which is unchanged:\n  " + "\n  ".join(faults)
         )
+    after, gathers = cost_absorbed(skeleton)
     return Plan(
         recipe=recipe.name,
         description=recipe.description,
         stages=stages,
         teacher=teacher,
-        cost=cost(skeleton),
+        cost=after,
+        gathers=gathers,
     )
+
+
+def cost_absorbed(skeleton: PreTrainedModel) -> tuple[Cost, dict[str, Any]]:
+    """What a compressed model costs once its gathers are absorbed as far as they can be, and the `gathers` of its plan.
+
+    Args:
+        skeleton: with the gathers as fitting leaves them (meta device).
+    """
+    found, whole = expected_gathers(skeleton), cost(skeleton)
+    saved = found.bytes_before - found.bytes_after
+    keys = ("index_bytes", "bytes_fp16", "bytes_fp32")
+    return replace(whole, **{key: getattr(whole, key) - saved for key in keys}), found.to_dict()
 
 
 def check_rows(views: Mapping[str, LinearView], rows: Iterable[PlanRow]) -> None:
@@ -113,7 +129,7 @@ def check_plan(made: Plan, model_or_config: PreTrainedModel | PretrainedConfig) 
         check_rows(views, stage.rows)
         specs = specs_after(views, stage.rows, specs, head)
         skeleton = skeleton_of(model_or_config, specs)
-    return cost(skeleton)
+    return cost_absorbed(skeleton)[0]
 
 
 def name_of_tied_head(skeleton: PreTrainedModel) -> str | None:
@@ -186,6 +202,8 @@ def specs_after(
         module_spec = {key: value for key, value in row.spec.items() if key != "head"}
         if row.spec["structure"] == "kronecker":
             module_spec |= {"permute_in": spec.searches_in, "permute_out": spec.searches_out}
+        elif row.spec["structure"] == "low_rank":
+            module_spec["permuted"] = True  # as fitted, whatever an edited plan says
         if view.kind == "embedding":
             head_ties = _is_tied_head(specs.get(tied_head or ""))
             may_tie = view.module_name not in before or head_ties

@@ -29,6 +29,8 @@ def run_summary(results: Document) -> RenderableType:
     if not results.get("complete", True):
         parts.append(Text("This run is not finished; continue it with --resume.", style="bold yellow"))
     parts += [_sizes(results), _controls(results)]
+    if results.get("gathers"):
+        parts.append(Text(gathers_line(results["gathers"])))
     if results["stages"]:
         parts.append(_stages(results))
     if matrices(results):
@@ -145,7 +147,21 @@ def plan_table(plan: Document) -> RenderableType:
             numbers.count(sum(row["teacher_parameters"] for row in members)),
             *([_error_range([row.get("relative_error") for row in members])] if fitted else []),
         )
-    return Group(table, _plan_totals(plan))
+    return Group(table, _plan_totals(plan), *([Text(gathers_line(plan["gathers"]))] if plan.get("gathers") else []))
+
+
+def gathers_line(gathers: Document) -> str:
+    """The `gathers` entry of a document in words: how many are absorbed, how many remain, which, and their bytes."""
+    names = list(gathers["remaining"])
+    absorbed = f"{gathers['absorbed']:,} absorbed by neighbouring layers, " if gathers["absorbed"] else ""
+    if not names:
+        return f"Gathers: {absorbed}none remain."
+    short = short_names(names)
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"\d+", "#", name, count=1), []).append(short[name])
+    listed = ", ".join(_joined(members) for members in groups.values())
+    return f"Gathers: {absorbed}{len(names):,} remain ({gathers['bytes']:,} bytes): {listed}"
 
 
 def _joined(names: Sequence[str]) -> str:
