@@ -54,9 +54,9 @@ KRONECKER = {
 
 def excerpt(text: str, characters: int, folder: Path) -> Path:
     """The first lines of a text, of about so many characters, as a file of the same kind."""
-    opened = gzip.open(text, "rt", encoding="utf-8") if text.endswith(".gz") else open(text, encoding="utf-8")
     place = folder / Path(text).name.removesuffix(".gz")
-    with opened as lines, place.open("w", encoding="utf-8") as out:
+    opener = gzip.open if text.endswith(".gz") else open
+    with opener(text, "rt", encoding="utf-8") as lines, place.open("w", encoding="utf-8") as out:
         for line in lines:
             if out.tell() >= characters:
                 break

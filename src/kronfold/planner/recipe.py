@@ -109,7 +109,7 @@ class AutoRecipe(_Strict):
     windows: int = Field(128, gt=0)
     window: int = Field(1024, gt=1)
     gradient_windows: int = Field(16, gt=0)
-    sequential: bool = True
+    sequential: bool = False
 
 
 class StageRecipe(_Strict):
