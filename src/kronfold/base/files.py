@@ -29,6 +29,8 @@ def check_output(path: str | Path, overwrite: bool = False, allow_existing: bool
     Returns the path. An empty directory counts as not existing. Raises OutputError.
     """
     path = Path(path)
+    if path.resolve() == Path.cwd():
+        raise OutputError(f"-o {path} is the current directory, which cannot be replaced. Name a new one inside it.")
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not (overwrite or allow_existing):
         raise OutputError(f"{path} exists already. Choose another -o/--output, or pass --overwrite to replace it.")

@@ -294,7 +294,7 @@ class SumSpec:
 
     @property
     def shape(self) -> Pair:
-        return self.terms[0].shape  # type: ignore[no-any-return]
+        return self.terms[0].shape
 
     @property
     def held_parameters(self) -> int:
