@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kronfold.base.errors import CheckpointError, DataError
 from kronfold.base.files import atomic_directory, write_json
-from kronfold.decompose.weighting import DAMPING, Weighting
+from kronfold.decompose.weighting import DAMPING, Weighting, covariance
 from kronfold.models.linear_view import LinearView
 
 FORMAT_VERSION = 1
@@ -65,7 +65,7 @@ class Statistics:
             return Weighting(self.column_metric(), self.token_frequencies(), damping)
         second, first = self.input_moments(view.module_name)
         if view.bias() is not None:
-            second = second - torch.outer(first, first)
+            second = covariance(second, first, first)
         if view.role == "head":
             return Weighting(second, self.token_frequencies(), damping)
         gradient = self.tensors[f"output/{view.name}"] / self.gradient_tokens if self.gradient_tokens else None
@@ -94,7 +94,9 @@ class Statistics:
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the statistics as a directory, atomically. Raises OutputError."""
         with atomic_directory(path, overwrite) as place:
-            save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, place / "moments.safetensors")
+            save_file(
+                {name: tensor.contiguous() for name, tensor in self.tensors.items()}, place / "moments.safetensors"
+            )
             write_json(place / "statistics.json", self.header())
 
     def header(self) -> dict[str, Any]:
@@ -120,10 +122,13 @@ class Statistics:
             header = json.loads((place / "statistics.json").read_text(encoding="utf-8"))
             if header["schema"] != "kronfold/statistics" or header["format_version"] > FORMAT_VERSION:
                 raise ValueError(f"format {header['schema']} {header['format_version']}")
-            tensors = MomentFiles(sorted(place.glob("*.safetensors")))
+            tensors = MomentFiles(sorted(place.glob("moments*.safetensors")))
+            lost = {f"input/{key}/second" for key in header["reads"].values()} | {"head", "predicted"}
+            if lost := lost - set(tensors):
+                raise ValueError(f"{len(lost)} tensors are missing, e.g. {min(lost)}")
             counts = (header["tokens"], header["gradient_tokens"], header["tied"])
             return cls(tensors, header["reads"], *counts, header["about"])
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CheckpointError(
                 f"{place} holds no calibration statistics this version can read ({error}). Calibrate again."
             ) from error

@@ -101,7 +101,7 @@ def _dual(curves: Sequence[Options], price: float, budget: float) -> float:
 
 def _highest_price(curves: Sequence[Options]) -> float:
     """A price at which every site takes its cheapest option."""
-    worst = max(float(curve.loss.max() - curve.loss.min()) for curve in curves)
+    worst = max((float(curve.loss.max() - curve.loss.min()) for curve in curves), default=0.0)
     steps = [np.diff(np.unique(curve.cost)) for curve in curves]
     smallest = min((float(step.min()) for step in steps if step.size), default=1.0)
     return 2 * max(worst, 1e-30) / smallest
