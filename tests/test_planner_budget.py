@@ -69,7 +69,7 @@ def curves_of(config, kronecker: bool = False) -> list[SiteCurve]:
 def prepared():
     """name -> (config, curves, dense cost); do not change them."""
     made = {name: build() for name, build in CONFIGS.items()}
-    return {name: (c, curves_of(c, kronecker=name != "gpt2"), cost(skeleton_of(c))) for name, c in made.items()}
+    return {name: (c, curves_of(c, kronecker=name == "llama-tied"), cost(skeleton_of(c))) for name, c in made.items()}
 
 
 def arithmetic(plan: Plan, curves, dense, unit: str) -> float:
@@ -103,17 +103,19 @@ def test_the_budget_is_met_from_below_and_counted_right(name, unit, share, prepa
     whole = getattr(dense, COUNTED[unit])
     plan = plan_for_budget(config, curves, Budget(unit, share * whole))
     counted = getattr(plan.cost, COUNTED[unit])
-    # 0.2 % of GPT-2; a rank of one matrix of the small Llama is as much
-    slack = 0.002 if name == "gpt2" else 0.004
+    # A few Kronecker shapes beside the ranks leave what they do not need.
+    slack = 0.02 if name == "llama-tied" else 0.002
     assert (1 - slack) * share * whole <= counted <= share * whole
     assert counted == plan.budget["met_by"] == getattr(check_plan(plan, config), COUNTED[unit])
     assert plan.teacher == dense
+    structures = {row.spec["structure"] for row in plan.rows}
+    assert structures >= ({"low_rank", "kronecker"} if name == "llama-tied" else {"low_rank"})
     for other in COUNTED:
         assert arithmetic(plan, curves, dense, other) == getattr(plan.cost, COUNTED[other])
     losses = sum(row.predicted_loss for row in plan.rows)
     assert losses == pytest.approx(plan.budget["predicted_loss"], rel=1e-9)
     assert set(plan.budget["left_dense"]) == {curve.site for curve in curves} - {row.name for row in plan.rows}
-    assert plan.budget["optimality_gap"] <= 0.2 * plan.budget["predicted_loss"]
+    assert plan.budget["optimality_gap"] <= 0.1 * plan.budget["predicted_loss"]
 
 
 def test_a_ratio_is_a_share_of_the_held_parameters(prepared):
