@@ -107,7 +107,7 @@ def test_moments_equal_those_of_stored_activations(measured):
 
 
 def test_counts_and_frequencies(measured):
-    model, windows, statistics = measured
+    model, _, statistics = measured
     assert (statistics.tokens, statistics.gradient_tokens) == (60, 36)
     assert statistics.tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
     frequencies = statistics.token_frequencies()

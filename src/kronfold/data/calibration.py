@@ -41,8 +41,8 @@ def calibration_windows(
             raise error if named else DataError(f"{source}: {error}") from error
         if len(blocks) < share:
             raise DataError(
-                f"{source} holds {len(blocks)} windows of {window} tokens; {share} are wanted for calibration. Give more "
-                f"text, or ask for fewer: --calibration-windows {len(blocks) * len(sources)}."
+                f"{source} holds {len(blocks)} windows of {window} tokens; {share} are wanted for calibration. Give "
+                f"more text, or ask for fewer: --calibration-windows {len(blocks) * len(sources)}."
             )
         # In the order drawn: users of the first few windows (gradients) then see all of the text.
         pick = np.random.default_rng((seed, i)).choice(len(blocks), size=share, replace=False)

@@ -1,4 +1,4 @@
-"""What weight an earlier error calls for: least squares from the inputs a layer now gets to the outputs it used to give.
+"""What weight an earlier error calls for: least squares from the inputs a layer now gets to its old outputs.
 
 With x the original inputs, x̃ those that the compressed layers before it produce, and W the original weight, the best
 weight for x̃ solves `min E‖W x − W' x̃‖² + δ‖W' − W‖²`, so `W' = (W C + δ W)(H̃ + δ I)⁻¹` with C = E[x x̃ᵀ] and

@@ -54,7 +54,7 @@ class BlockStream:
             self._run_model(ids, [self.blocks[0].register_forward_pre_hook(keep, with_kwargs=True)])
 
     def _arguments_of_blocks(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """What the model hands to each block besides the hidden states (masks, rotary angles): equal for every batch."""
+        """What the model hands to each block besides hidden states (masks, rotary angles): equal for every batch."""
         found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 A multiple-choice knapsack. Lagrangian relaxation: for a price λ per unit of cost every site takes the option of least
 `loss + λ · cost` on its own, and λ is bisected until the budget is met (Everett 1963); what is left over is then spent
-greedily, and pairs of sites exchange cost where that helps. The dual value bounds from below what any choice could reach, so the result states its own optimality gap.
+greedily, and pairs of sites exchange cost where that helps. The dual value bounds from below what any choice could
+reach, so the result states its own optimality gap.
 """
 
 from __future__ import annotations

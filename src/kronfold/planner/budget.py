@@ -47,7 +47,7 @@ class Budget:
         macs: str | None = None,
         bytes_: str | None = None,
     ) -> Budget:
-        """From command-line values such as `81M`, `0.65`, `60M`, `160MB`. Raises InputError unless exactly one is given."""
+        """From command-line values such as `81M`, `0.65`, `160MB`. Raises InputError unless exactly one is given."""
         given = {"params": params, "macs": macs, "bytes": bytes_}
         named = {unit: text for unit, text in given.items() if text is not None}
         if len(named) + (ratio is not None) != 1:
@@ -67,8 +67,8 @@ class Budget:
         amount = self.ratio * whole if self.ratio is not None else self.amount
         if amount >= whole:
             raise InputError(
-                f"The budget of {amount:,.0f} {self.unit} is not below what the dense model has, {whole:,.0f}: there is "
-                "nothing to compress. Ask for less."
+                f"The budget of {amount:,.0f} {self.unit} is not below what the dense model has, {whole:,.0f}: there "
+                "is nothing to compress. Ask for less."
             )
         return amount
 

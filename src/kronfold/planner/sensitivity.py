@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -200,7 +201,7 @@ def group_sizes(vocabulary: int, width: int = 1) -> list[int]:
         if edge - edges[-1] >= width and (vocabulary - edge >= width or edge == vocabulary):
             edges.append(edge)
     edges = edges if edges[-1] == vocabulary else [*edges, vocabulary]
-    return [stop - start for start, stop in zip(edges, edges[1:], strict=False)]
+    return [stop - start for start, stop in pairwise(edges)]
 
 
 def save_curves(curves: Sequence[SiteCurve], path: str | Path) -> None:
