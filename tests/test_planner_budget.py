@@ -115,7 +115,7 @@ def test_the_budget_is_met_from_below_and_counted_right(name, unit, share, prepa
     losses = sum(row.predicted_loss for row in plan.rows)
     assert losses == pytest.approx(plan.budget["predicted_loss"], rel=1e-9)
     assert set(plan.budget["left_dense"]) == {curve.site for curve in curves} - {row.name for row in plan.rows}
-    assert plan.budget["optimality_gap"] <= 0.1 * plan.budget["predicted_loss"]
+    assert plan.budget["optimality_gap"] <= 0.15 * plan.budget["predicted_loss"]
 
 
 def test_a_ratio_is_a_share_of_the_held_parameters(prepared):

@@ -83,7 +83,7 @@ class Statistics:
         return (1 - prior) * predicted / predicted.sum() + prior * zipf / zipf.sum()
 
     def column_metric(self) -> Tensor:
-        """(width, width): cost of an error in an embedding row per use, looked up (gradient) and, if tied, as a logit."""
+        """(width, width): cost of an embedding error per use: looked up (gradient) and, if tied, as a logit."""
         parts = []
         if self.tied:
             parts.append(self.tensors["head"] / self.tokens)
