@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 
-import kronfold as kf
 import pico
 from kronfold.base.errors import CheckpointError, DataError, InputError
 from kronfold.base.specs import GroupedEmbeddingSpec, KroneckerSpec, LowRankSpec
@@ -17,6 +16,7 @@ from kronfold.decompose.nearest import nearest_kronecker
 from kronfold.models.calibrate import calibrate, fingerprint
 from kronfold.models.linear_view import sites
 from kronfold.models.statistics import MomentFiles, Statistics
+from kronfold.models.surgery import build_skeleton
 
 FAMILIES = ("gpt2", "llama", "llama-tied")
 
@@ -287,7 +287,11 @@ def test_a_feature_that_never_changes_has_no_variance():
 
 
 def test_a_compressed_model_can_be_calibrated():
-    student = kf.compress(pico.family("gpt2"), "tqcompressor-attention")
+    student = pico.family("gpt2")
+    embedding = {"structure": "grouped_embedding", "sizes": [40, 61], "ranks": [20, 8], "embedding_dim": 32}
+    layer = {"structure": "low_rank", "out_features": 128, "in_features": 32, "rank": 9}
+    specs = {"transformer.wte": embedding, "lm_head": {"structure": "tied_head"}, "transformer.h.0.mlp.c_fc": layer}
+    build_skeleton(student, specs)
     statistics = calibrate(student, pico.ids(student))
     assert statistics.tied
     assert {view.module_name for view in sites(student).values() if view.kind == "linear"} == set(statistics.reads)
