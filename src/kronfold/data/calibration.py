@@ -34,13 +34,18 @@ def calibration_windows(
     for i, (source, share) in enumerate(zip(sources, shares, strict=True)):
         if share == 0:
             continue
-        blocks = pack(documents(source), tokenizer, window, max_tokens=READ_AHEAD * share * window)
+        try:
+            blocks = pack(documents(source), tokenizer, window, max_tokens=READ_AHEAD * share * window)
+        except DataError as error:
+            named = str(source) in str(error)
+            raise error if named else DataError(f"{source}: {error}") from error
         if len(blocks) < share:
             raise DataError(
                 f"{source} holds {len(blocks)} windows of {window} tokens; {share} are wanted for calibration. Give "
                 f"more text, or ask for fewer: --calibration-windows {len(blocks) * len(sources)}."
             )
-        pick = np.sort(np.random.default_rng((seed, i)).choice(len(blocks), size=share, replace=False))
+        # In the order drawn: users of the first few windows (gradients) then see all of the text.
+        pick = np.random.default_rng((seed, i)).choice(len(blocks), size=share, replace=False)
         drawn.append(torch.from_numpy(blocks.ids[pick].astype(np.int64)))
     turns = [rows[j] for j in range(max(shares)) for rows in drawn if j < len(rows)]
     return torch.stack(turns)

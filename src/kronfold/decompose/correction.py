@@ -1,4 +1,4 @@
-"""What weight an earlier error calls for: least squares from the inputs a layer now gets to its original outputs.
+"""What weight an earlier error calls for: least squares from the inputs a layer now gets to its old outputs.
 
 With x the original inputs, x̃ those that the compressed layers before it produce, and W the original weight, the best
 weight for x̃ solves `min E‖W x − W' x̃‖² + δ‖W' − W‖²`, so `W' = (W C + δ W)(H̃ + δ I)⁻¹` with C = E[x x̃ᵀ] and
@@ -20,9 +20,13 @@ def corrected_weight(weight: Tensor, cross: Tensor, moment: Tensor, ridge: float
     Args:
         weight: W (out, in). cross: C = E[x x̃ᵀ] (in, in). moment: H̃ = E[x̃ x̃ᵀ] (in, in).
         ridge: δ over the mean of the diagonal of H̃, above 0.
+
+    Where H̃ is all zeros nothing is known, and W' is W.
     """
     weight, cross, moment = weight.double(), cross.double(), moment.double()
     delta = ridge * float(moment.diagonal().mean())
+    if delta == 0.0:
+        return weight
     system = moment + delta * torch.eye(moment.shape[0], dtype=torch.float64)
     right = weight @ cross + delta * weight
     return torch.linalg.solve(system, right.T).T

@@ -68,8 +68,7 @@ def truncated(weight: Tensor, rank: int, weighting: Weighting) -> tuple[Tensor, 
         right_root, right_inverse = root(weighting.inputs)
         whitened = whitened @ right_root
     if weighting.outputs is not None:
-        left_root, left_inverse = root(weighting.outputs)
-        whitened = left_root.T @ whitened
+        whitened = _rooted(weighting.outputs, whitened)
     if whitened.shape[0] <= whitened.shape[1]:
         left = torch.linalg.eigh(whitened @ whitened.T).eigenvectors[:, -rank:]
         right = left.T @ whitened
@@ -79,8 +78,17 @@ def truncated(weight: Tensor, rank: int, weighting: Weighting) -> tuple[Tensor, 
     if weighting.inputs is not None:
         right = right @ right_inverse
     if weighting.outputs is not None:
-        left = left_inverse.T @ left
+        left = _rooted(weighting.outputs, left, inverse=True)
     return left, right
+
+
+def _rooted(outputs: Tensor, matrix: Tensor, inverse: bool = False) -> Tensor:
+    """Sᵀ matrix for G = S Sᵀ, or S⁻ᵀ matrix; `outputs` is G (out, out) or its diagonal (out,), matrix (out, n)."""
+    if outputs.dim() == 1:
+        scale = outputs.rsqrt() if inverse else outputs.sqrt()
+        return scale[:, None] * matrix
+    factor, inverted = root(outputs)
+    return (inverted if inverse else factor).T @ matrix
 
 
 def tail_energies(weight: Tensor, weighting: Weighting) -> Tensor:
@@ -93,7 +101,7 @@ def tail_energies(weight: Tensor, weighting: Weighting) -> Tensor:
     if weighting.inputs is not None:
         whitened = whitened @ root(weighting.inputs)[0]
     if weighting.outputs is not None:
-        whitened = root(weighting.outputs)[0].T @ whitened
+        whitened = _rooted(weighting.outputs, whitened)
     gram = whitened @ whitened.T if whitened.shape[0] <= whitened.shape[1] else whitened.T @ whitened
     energies = torch.linalg.eigvalsh(gram).clamp_min(0)  # ascending: the smallest are lost first
     return torch.cat([energies.cumsum(0).flip(0), energies.new_zeros(1)])

@@ -70,6 +70,17 @@ class Weighting:
         return (self.squared_error(weight - approximation) / total) ** 0.5 if total else 0.0
 
 
+def covariance(second: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """E[(x − E x)(y − E y)ᵀ] from `second` = E[x yᵀ], `left` = E[x] and `right` = E[y]; float64.
+
+    Where x and y are the same and hardly vary, rounding must not leave a negative variance.
+    """
+    centred = second.double() - torch.outer(left.double(), right.double())
+    if left is right:
+        centred.diagonal().clamp_min_(0)
+    return centred
+
+
 def _damped(moment: Tensor | None, size: int, side: str, damping: float) -> Tensor | None:
     if moment is None:
         return None

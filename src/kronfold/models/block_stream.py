@@ -32,7 +32,7 @@ class BlockStream:
     """
 
     def __init__(self, model: PreTrainedModel, windows: Tensor, batch: int = 1) -> None:
-        if len(windows) % batch:
+        if not len(windows) or batch < 1 or len(windows) % batch:
             raise InputError(f"A batch of {batch} windows does not divide {len(windows)} windows.")
         self.blocks: Sequence[nn.Module] = list(model.get_submodule(family_of(model).blocks).children())
         self.model = model
@@ -54,7 +54,7 @@ class BlockStream:
             self._run_model(ids, [self.blocks[0].register_forward_pre_hook(keep, with_kwargs=True)])
 
     def _arguments_of_blocks(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """What the model hands to each block besides the hidden states, such as masks: the same for all batches."""
+        """What the model hands to each block besides hidden states (masks, rotary angles): equal for every batch."""
         found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ class BlockStream:
 
     def _run_model(self, ids: Tensor, handles: list[Any]) -> None:
         try:
-            self.model(input_ids=ids.to(self.model.device), use_cache=False, logits_to_keep=1)
+            self.model.base_model(input_ids=ids.to(self.model.device), use_cache=False)  # without the head
         except _Enough:
             pass
         finally:
@@ -77,7 +77,10 @@ class BlockStream:
 
     @torch.no_grad()
     def inputs_of(self, block: nn.Module, index: int, layer: nn.Module) -> Iterator[Tensor]:
-        """For each batch the input (batch·window, in) of `layer` inside `block`, run no further than there."""
+        """For each batch the input (batch·window, in) of `layer` inside `block`, run no further than there.
+
+        Raises InputError for a layer that the block does not run.
+        """
         seen: list[Tensor] = []
 
         def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -91,6 +94,8 @@ class BlockStream:
                     self.call(block, index, hidden)
                 except _Enough:
                     yield seen.pop()
+                else:
+                    raise InputError(f"Block {index} does not run its layer {type(layer).__name__}; leave it dense.")
         finally:
             handle.remove()
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kronfold.base.errors import DataError, InputError
-from kronfold.base.files import write_json
+from kronfold.base.files import explain_write_errors, write_json
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import LinearView, is_tied, sites
 from kronfold.models.statistics import MomentFiles, Statistics
@@ -45,35 +45,38 @@ def calibrate(
         gradient_windows: how many of them, from the first, are also run backwards; None is all, 0 none.
         seed: of the drawn targets.
         blocks_per_pass: keep the sums of so many transformer blocks in memory at a time, and run the text once for each
-            group of blocks; needs `directory`, where each group's sums are written. None keeps all in memory.
+            group of blocks; needs `directory`, where each group's sums are written in place of older ones. None keeps
+            all in memory.
 
     Raises:
-        DataError: no windows, or windows of fewer than 2 tokens. InputError: ids beyond the vocabulary, or a model
-            whose logits on the text are not finite.
+        DataError: no windows, or windows of fewer than 2 tokens. InputError: ids beyond the vocabulary, windows beyond
+            the model's context, a model of several dtypes, or one whose logits on the text are not finite.
+            OutputError: the directory cannot be written.
     """
-    _check(model, windows, blocks_per_pass, directory)
+    check_windows(model, windows)
+    _check(model, gradient_windows, blocks_per_pass, directory)
     views = [view for view in sites(model).values() if view.kind == "linear"]
     with_gradients = len(windows) if gradient_windows is None else min(gradient_windows, len(windows))
     gatherer = _Gatherer(model, views)
     groups = _groups(views, blocks_per_pass)
+    place = None if directory is None or blocks_per_pass is None else _cleared(Path(directory))
     reads: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
     with _measuring(model):
         for i, group in enumerate(groups):
             found = gatherer.run(group, windows, with_gradients, seed, i == 0, _part(progress, i, len(groups)))
             reads |= gatherer.reads
-            if directory is None or blocks_per_pass is None:
+            if place is None:
                 tensors |= found
             else:
-                Path(directory).mkdir(parents=True, exist_ok=True)
-                save_file(found, Path(directory) / f"moments-{i:04d}.safetensors")
+                with explain_write_errors(place):
+                    save_file(found, place / f"moments-{i:04d}.safetensors")
     about = {"model": fingerprint(model), "text": tokens_fingerprint(windows), "window": windows.shape[1], "seed": seed}
     counts = (windows.numel(), with_gradients * windows.shape[1], is_tied(model, family_of(model)))
-    if directory is None or blocks_per_pass is None:
+    if place is None:
         return Statistics(tensors, reads, *counts, about)
-    files = MomentFiles(sorted(Path(directory).glob("moments-*.safetensors")))
-    statistics = Statistics(files, reads, *counts, about)
-    write_json(Path(directory) / "statistics.json", statistics.header())
+    statistics = Statistics(MomentFiles(sorted(place.glob("moments-*.safetensors"))), reads, *counts, about)
+    write_json(place / "statistics.json", statistics.header())
     return statistics
 
 
@@ -177,7 +180,7 @@ class _Gatherer:
 @contextlib.contextmanager
 def _measuring(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode and frozen parameters, undone afterwards."""
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     for parameter in wanted:
@@ -187,7 +190,8 @@ def _measuring(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def _groups(views: Sequence[LinearView], blocks: int | None) -> list[list[LinearView]]:
@@ -205,7 +209,17 @@ def _part(progress: Progress | None, i: int, n: int) -> Callable[[int, int], Non
     return (lambda done, total: None) if progress is None else (lambda done, total: progress(what, done, total))
 
 
-def _check(model: PreTrainedModel, windows: Tensor, blocks_per_pass: int | None, directory: str | Path | None) -> None:
+def _cleared(directory: Path) -> Path:
+    """The directory, without what an earlier run left there: it may have had more groups."""
+    with explain_write_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in (directory / "statistics.json", *directory.glob("moments*.safetensors")):
+            old.unlink(missing_ok=True)
+    return directory
+
+
+def check_windows(model: PreTrainedModel, windows: Tensor) -> None:
+    """Raises DataError or InputError unless `windows` (n, window) are token ids that the model can be run on."""
     if windows.dim() != 2 or windows.shape[0] == 0 or windows.shape[1] < 2:
         raise DataError(
             f"Calibration needs windows (n, window) of at least 2 tokens; got {tuple(windows.shape)}. "
@@ -217,6 +231,19 @@ def _check(model: PreTrainedModel, windows: Tensor, blocks_per_pass: int | None,
             f"Calibration ids run from {int(windows.min())} to {int(windows.max())}, but the model knows 0 to "
             f"{vocabulary - 1}. Tokenise with the model's own tokenizer."
         )
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and windows.shape[1] > context:
+        raise InputError(
+            f"Calibration windows of {windows.shape[1]} tokens are beyond the model's context of {context}. "
+            f"Draw windows of at most {context} tokens."
+        )
+
+
+def _check(
+    model: PreTrainedModel, gradient_windows: int | None, blocks_per_pass: int | None, directory: str | Path | None
+) -> None:
+    if gradient_windows is not None and gradient_windows < 0:
+        raise InputError(f"gradient_windows is {gradient_windows}; give 0 for none, or None for all windows.")
     dtypes = sorted({str(parameter.dtype) for parameter in model.parameters()})
     if len(dtypes) > 1:
         raise InputError(f"The model mixes {', '.join(dtypes)}; bring it to one dtype first, e.g. model.float().")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kronfold.base.errors import CheckpointError, DataError
 from kronfold.base.files import atomic_directory, write_json
-from kronfold.decompose.weighting import DAMPING, Weighting
+from kronfold.decompose.weighting import DAMPING, Weighting, covariance
 from kronfold.models.linear_view import LinearView
 
 FORMAT_VERSION = 1
@@ -65,7 +65,7 @@ class Statistics:
             return Weighting(self.column_metric(), self.token_frequencies(), damping)
         second, first = self.input_moments(view.module_name)
         if view.bias() is not None:
-            second = second - torch.outer(first, first)
+            second = covariance(second, first, first)
         if view.role == "head":
             return Weighting(second, self.token_frequencies(), damping)
         gradient = self.tensors[f"output/{view.name}"] / self.gradient_tokens if self.gradient_tokens else None
@@ -83,7 +83,7 @@ class Statistics:
         return (1 - prior) * predicted / predicted.sum() + prior * zipf / zipf.sum()
 
     def column_metric(self) -> Tensor:
-        """(width, width): cost of an error in an embedding row per use: looked up, and as a logit if tied."""
+        """(width, width): cost of an embedding error per use: looked up (gradient) and, if tied, as a logit."""
         parts = []
         if self.tied:
             parts.append(self.tensors["head"] / self.tokens)
@@ -122,10 +122,13 @@ class Statistics:
             header = json.loads((place / "statistics.json").read_text(encoding="utf-8"))
             if header["schema"] != "kronfold/statistics" or header["format_version"] > FORMAT_VERSION:
                 raise ValueError(f"format {header['schema']} {header['format_version']}")
-            tensors = MomentFiles(sorted(place.glob("*.safetensors")))
+            tensors = MomentFiles(sorted(place.glob("moments*.safetensors")))
+            lost = {f"input/{key}/second" for key in header["reads"].values()} | {"head", "predicted"}
+            if lost := lost - set(tensors):
+                raise ValueError(f"{len(lost)} tensors are missing, e.g. {min(lost)}")
             counts = (header["tokens"], header["gradient_tokens"], header["tied"])
             return cls(tensors, header["reads"], *counts, header["about"])
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CheckpointError(
                 f"{place} holds no calibration statistics this version can read ({error}). Calibrate again."
             ) from error

@@ -2,7 +2,8 @@
 
 A multiple-choice knapsack. Lagrangian relaxation: for a price λ per unit of cost every site takes the option of least
 `loss + λ · cost` on its own, and λ is bisected until the budget is met (Everett 1963); what is left over is then spent
-greedily. The dual value bounds from below what any choice could reach, so the result states its own optimality gap.
+greedily, and pairs of sites exchange cost where that helps. The dual value bounds from below what any choice could
+reach, so the result states its own optimality gap.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from kronfold.base.errors import RecipeError
 
 Array = npt.NDArray[np.float64]
 BISECTIONS = 100
+EXCHANGES = 20  # pairs of sites changed together, at most
+SMALL_GAP = 1e-3  # share of the loss below which no pair is looked for
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,10 @@ def allocate(options: Mapping[str, Options], budget: float) -> Allocation:
         high = 0.0
     bound = max(_dual(curves, price, budget) for price in (low, high))
     taken = _spend(curves, taken, budget)
-    loss = sum(float(curve.loss[i]) for curve, i in zip(curves, taken, strict=True))
+    for _ in range(EXCHANGES):
+        if _loss(curves, taken) - bound <= SMALL_GAP * _loss(curves, taken) or not _exchange(curves, taken, budget):
+            break
+    loss = _loss(curves, taken)
     return Allocation(dict(zip(names, taken, strict=True)), _total(curves, taken), loss, min(bound, loss), high)
 
 
@@ -95,13 +101,17 @@ def _total(curves: Sequence[Options], taken: Sequence[int]) -> float:
     return sum(float(curve.cost[i]) for curve, i in zip(curves, taken, strict=True))
 
 
+def _loss(curves: Sequence[Options], taken: Sequence[int]) -> float:
+    return sum(float(curve.loss[i]) for curve, i in zip(curves, taken, strict=True))
+
+
 def _dual(curves: Sequence[Options], price: float, budget: float) -> float:
     return sum(float((curve.loss + price * curve.cost).min()) for curve in curves) - price * budget
 
 
 def _highest_price(curves: Sequence[Options]) -> float:
     """A price at which every site takes its cheapest option."""
-    worst = max(float(curve.loss.max() - curve.loss.min()) for curve in curves)
+    worst = max((float(curve.loss.max() - curve.loss.min()) for curve in curves), default=0.0)
     steps = [np.diff(np.unique(curve.cost)) for curve in curves]
     smallest = min((float(step.min()) for step in steps if step.size), default=1.0)
     return 2 * max(worst, 1e-30) / smallest
@@ -123,3 +133,27 @@ def _spend(curves: Sequence[Options], taken: list[int], budget: float) -> list[i
         i, j = best
         left -= float(curves[i].cost[j] - curves[i].cost[taken[i]])
         taken[i] = j
+
+
+def _exchange(curves: Sequence[Options], taken: list[int], budget: float) -> bool:
+    """Change the two sites in `taken` that together lower the loss most; False where no pair does."""
+    left = budget - _total(curves, taken)
+    orders = [np.argsort(curve.cost, kind="stable") for curve in curves]
+    costs = [curve.cost[order] for curve, order in zip(curves, orders, strict=True)]
+    lowest = [np.minimum.accumulate(curve.loss[order]) for curve, order in zip(curves, orders, strict=True)]
+    best_gain, best = 1e-12 * _loss(curves, taken), None
+    for i, (first, now) in enumerate(zip(curves, taken, strict=True)):
+        room = left + first.cost[now] - first.cost
+        for j, (second, then) in enumerate(zip(curves, taken, strict=True)):
+            if i == j:
+                continue
+            affordable = np.searchsorted(costs[j], second.cost[then] + room, side="right") - 1
+            gains = first.loss[now] - first.loss + second.loss[then] - lowest[j][affordable]
+            gains[affordable < 0] = -np.inf
+            if gains[a := int(gains.argmax())] > best_gain:
+                best_gain, best = float(gains[a]), (i, a, j, int(affordable[a]))
+    if best is None:
+        return False
+    i, a, j, last = best
+    taken[i], taken[j] = a, int(orders[j][: last + 1][curves[j].loss[orders[j][: last + 1]].argmin()])
+    return True

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kronfold.base.errors import InputError, RecipeError
+from kronfold.base.specs import LowRankSpec
 from kronfold.models.cost import Cost, cost
 from kronfold.models.linear_view import sites
 from kronfold.models.surgery import read_specs
@@ -20,19 +21,10 @@ from kronfold.planner.planning import check_rows, cost_absorbed, name_of_tied_he
 from kronfold.planner.recipe import HealRecipe
 from kronfold.planner.sensitivity import SiteCurve, Unit, embedding_spec
 
-_SUFFIXES = {
-    "": 1,
-    "k": 1e3,
-    "m": 1e6,
-    "g": 1e9,
-    "b": 1e9,
-    "kb": 1e3,
-    "mb": 1e6,
-    "gb": 1e9,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-}
+_COUNT_SUFFIXES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}
+_BYTE_SUFFIXES = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_BYTE_SUFFIXES |= {key: size for key, size in _COUNT_SUFFIXES.items() if key in ("k", "m", "g")}
+_Entry = tuple[Options, list[Any]]  # what `SiteCurve.options` gives
 _COUNTED = {"params": "held_parameters", "macs": "macs_per_token", "bytes": "bytes_fp16"}
 
 
@@ -83,9 +75,10 @@ class Budget:
 
 def _number(text: str, option: str) -> float:
     found = re.fullmatch(r"\s*([0-9][0-9_,]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
-    if not found or found[2] not in _SUFFIXES:
-        raise InputError(f"{option} {text!r} is no number; write 81000000, 81M or 160MB.")
-    return float(found[1].replace("_", "").replace(",", "")) * _SUFFIXES[found[2]]
+    suffixes, example = (_BYTE_SUFFIXES, "160MB") if option == "--target-bytes" else (_COUNT_SUFFIXES, "81M")
+    if not found or found[2] not in suffixes:
+        raise InputError(f"{option} {text!r} is no number; write for example {example}, or all its digits.")
+    return float(found[1].replace("_", "").replace(",", "")) * suffixes[found[2]]
 
 
 def plan_for_budget(
@@ -108,19 +101,12 @@ def plan_for_budget(
     """
     skeleton = skeleton_of(model_or_config)
     views = sites(skeleton)
-    _check_curves(curves, {site: view.shape for site, view in views.items()})
+    _check_curves(curves, {site: view.shape for site, view in views.items() if view.is_dense})
     dense = cost(skeleton)
     amount = budget.amount_for(dense)
     fixed = getattr(dense, _COUNTED[budget.unit]) - sum(curve.dense_cost(budget.unit) for curve in curves)
     table = {curve.key: curve.options(budget.unit) for curve in curves}
-    options = {key: found for key, (found, _) in table.items()}
-    floor = fixed + sum(float(found.cost.min()) for found in options.values())
-    if amount < floor:
-        raise InputError(
-            f"A budget of {amount:,.0f} {budget.unit} is below the floor of this model, {floor:,.0f}: "
-            f"{fixed:,.0f} cannot be compressed, and every other matrix is at its smallest. Ask for more."
-        )
-    found = allocate(options, amount - fixed)
+    found, floor = _choose(curves, table, amount, fixed, budget.unit)
     rows = _rows(curves, table, found)
     check_rows(views, rows)
     specs = specs_after(views, rows, read_specs(skeleton), name_of_tied_head(skeleton))
@@ -144,35 +130,71 @@ def plan_for_budget(
     )
 
 
+def _choose(
+    curves: Sequence[SiteCurve], table: Mapping[str, _Entry], amount: float, fixed: float, unit: Unit
+) -> tuple[Allocation, float]:
+    """The allocation, and the floor: the least the model can cost.
+
+    In bytes an embedding in groups also holds the place of every token. That is all or nothing, so both are tried:
+    with it, and with the embedding as it is.
+    """
+    groups = {curve.key for curve in curves if curve.group}
+    options = {key: found for key, (found, _) in table.items()}
+    whole = {key: Options(o.cost[:1], o.loss[:1]) if key in groups else o for key, o in options.items()}
+    places = sum(curve.place_cost(unit) for curve in curves)
+    tries = [(options, fixed + places)] + ([(whole, fixed)] if places else [])
+    floors = [base + sum(float(o.cost.min()) for o in choices.values()) for choices, base in tries]
+    if amount < min(floors):
+        raise InputError(
+            f"A budget of {amount:,.0f} {unit} is below the floor of this model, {min(floors):,.0f}: "
+            f"{fixed:,.0f} cannot be compressed, and every other matrix is at its smallest. Ask for more."
+        )
+    found = [
+        allocate(choices, amount - base)
+        for (choices, base), least in zip(tries, floors, strict=True)
+        if least <= amount
+    ]
+    bound = min(allocation.bound for allocation in found)
+    if places and len(found) == 2 and all(found[0].choice[key] == 0 for key in groups):
+        found = found[1:]  # the places would be held for nothing
+    best = min(found, key=lambda allocation: allocation.loss)
+    return replace(best, bound=min(bound, best.loss)), min(floors)
+
+
 def _check_curves(curves: Sequence[SiteCurve], shapes: Mapping[str, tuple[int, int]]) -> None:
-    strangers = sorted({c.site for c in curves if c.site not in shapes or (not c.group and c.shape != shapes[c.site])})
+    """`shapes`: of the dense sites of the model."""
+    covered: dict[str, tuple[int, int]] = {}
+    for curve in curves:
+        rows = covered.get(curve.site, (0, 0))[0]
+        follows = rows == (curve.group[0] if curve.group else 0)
+        covered[curve.site] = (rows + curve.shape[0] if follows else -1, curve.shape[1])
+    strangers = sorted(site for site, shape in covered.items() if shapes.get(site) != shape)
     if strangers or not curves:
         raise RecipeError(
-            f"The sensitivity curves are of another model: it has no {', '.join(strangers[:3]) or 'curves'} of that "
-            "shape. Calibrate this model."
+            "The sensitivity curves are of another model"
+            + (f": this one has no dense {', '.join(strangers[:3])} of that shape" if strangers else ": there are none")
+            + ". Calibrate this model."
         )
 
 
-def _rows(
-    curves: Sequence[SiteCurve], table: Mapping[str, tuple[Options, list[Any]]], found: Allocation
-) -> list[PlanRow]:
-    rows, seen = [], set()
+def _rows(curves: Sequence[SiteCurve], table: Mapping[str, _Entry], found: Allocation) -> list[PlanRow]:
+    by_site: dict[str, list[SiteCurve]] = {}
     for curve in curves:
-        if curve.site in seen:
-            continue
-        seen.add(curve.site)
-        row = _embedding_row([c for c in curves if c.site == curve.site], table, found) if curve.group else None
-        row = row if curve.group else _linear_row(curve, *table[curve.key], found.choice[curve.key])
-        if row is not None:
-            rows.append(row)
-    return rows
+        by_site.setdefault(curve.site, []).append(curve)
+    rows = []
+    for own in by_site.values():
+        if own[0].group:
+            rows.append(_embedding_row(own, table, found))
+        else:
+            rows.append(_linear_row(own[0], *table[own[0].key], found.choice[own[0].key]))
+    return [row for row in rows if row is not None]
 
 
 def _linear_row(curve: SiteCurve, options: Options, specs: list[Any], choice: int) -> PlanRow | None:
     spec = specs[choice]
     if spec is None:
         return None
-    structure = "low_rank" if hasattr(spec, "for_ratio") else "kronecker"
+    structure = "low_rank" if isinstance(spec, LowRankSpec) else "kronecker"
     return PlanRow(
         name=curve.site,
         spec={"structure": structure, **spec.to_dict()},
@@ -184,9 +206,7 @@ def _linear_row(curve: SiteCurve, options: Options, specs: list[Any], choice: in
     )
 
 
-def _embedding_row(
-    groups: Sequence[SiteCurve], table: Mapping[str, tuple[Options, list[Any]]], found: Allocation
-) -> PlanRow | None:
+def _embedding_row(groups: Sequence[SiteCurve], table: Mapping[str, _Entry], found: Allocation) -> PlanRow | None:
     ranks = [table[group.key][1][found.choice[group.key]] for group in groups]
     spec = embedding_spec(groups, ranks)
     if spec is None:

@@ -10,21 +10,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kronfold.base.errors import CheckpointError, RecipeError, suggest
-from kronfold.base.files import write_json
+from kronfold.base.files import explain_write_errors, write_json
 from kronfold.base.specs import GroupedEmbeddingSpec, KroneckerSpec, LowRankSpec, Pair
 from kronfold.decompose.grouped_embedding import group_energies
 from kronfold.decompose.low_rank import tail_energies
 from kronfold.decompose.nearest import nearest_kronecker
 from kronfold.decompose.weighting import Weighting
+from kronfold.models.calibrate import fingerprint
 from kronfold.models.linear_view import LinearView, sites
 from kronfold.models.statistics import Statistics
 from kronfold.ops import kronecker
@@ -86,6 +89,11 @@ class SiteCurve:
             return FP16_BYTES * numbers
         return numbers * self.tied if unit == "macs" and self.group else numbers
 
+    def place_cost(self, unit: Unit) -> float:
+        """What a group adds to the cost of an embedding once that is held in groups, whatever its rank: the places of
+        its tokens."""
+        return float(INDEX_BYTES * self.shape[0]) if self.group and unit == "bytes" else 0.0
+
     def _low_rank_cost(self, rank: int, unit: Unit) -> float:
         size, width = self.shape
         held = float(rank * (size + width - rank))
@@ -113,7 +121,7 @@ def sensitivity(
     """Curves of all dense sites of `model`, in model order; an embedding gives one per group of tokens.
 
     Args:
-        statistics: with gradients; without them the curves count output errors of all sites alike, which is not a loss.
+        statistics: of this very model, with gradients.
         structures: which of `STRUCTURE_CHOICES` sites may become.
 
     Raises:
@@ -130,6 +138,7 @@ def sensitivity(
             "These statistics hold no gradients, so errors of different sites cannot be compared. Calibrate with "
             "gradient_windows above 0."
         )
+    statistics.check_model(fingerprint(model))
     views = [view for view in sites(model).values() if view.is_dense]
     curves: list[SiteCurve] = []
     for i, view in enumerate(views):
@@ -172,7 +181,7 @@ def _kronecker_points(weight: Tensor, weighting: Weighting) -> list[tuple[Pair, 
 
 
 def _embedding_curves(view: LinearView, statistics: Statistics) -> list[SiteCurve]:
-    sizes = group_sizes(view.shape[0])
+    sizes = group_sizes(*view.shape)
     curves, start = [], 0
     for size, energies in zip(sizes, group_energies(view.weight(), sizes, statistics.weighting(view)), strict=True):
         shape = (size, view.shape[1])
@@ -181,18 +190,26 @@ def _embedding_curves(view: LinearView, statistics: Statistics) -> list[SiteCurv
     return curves
 
 
-def group_sizes(vocabulary: int) -> list[int]:
-    """Tokens per group, most frequent first; groups of frequent tokens are smaller, for they matter one by one."""
-    edges = sorted({round(share * vocabulary) for share in GROUP_SHARES} - {0})
-    return [stop - start for start, stop in zip([0, *edges], edges, strict=False)]
+def group_sizes(vocabulary: int, width: int = 1) -> list[int]:
+    """Tokens per group, most frequent first; groups of frequent tokens are smaller, for they matter one by one.
+
+    None is smaller than `width` (unless the vocabulary is): such a group could not keep its full rank.
+    """
+    edges = [0]
+    for share in GROUP_SHARES:
+        edge = round(share * vocabulary)
+        if edge - edges[-1] >= width and (vocabulary - edge >= width or edge == vocabulary):
+            edges.append(edge)
+    edges = edges if edges[-1] == vocabulary else [*edges, vocabulary]
+    return [stop - start for start, stop in pairwise(edges)]
 
 
 def save_curves(curves: Sequence[SiteCurve], path: str | Path) -> None:
     """Write curves as `PATH.json` and `PATH.safetensors`. Raises OutputError."""
-    save_file(
-        {str(i): curve.energies.contiguous() for i, curve in enumerate(curves) if curve.energies is not None},
-        f"{path}.safetensors",
-    )
+    energies = {str(i): curve.energies.contiguous() for i, curve in enumerate(curves) if curve.energies is not None}
+    with explain_write_errors(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_file(energies, f"{path}.safetensors")
     rows = [
         {"site": c.site, "shape": c.shape, "group": c.group, "tied": c.tied, "kronecker": c.kronecker} for c in curves
     ]
@@ -215,7 +232,7 @@ def load_curves(path: str | Path) -> list[SiteCurve]:
             )
             for i, row in enumerate(rows)
         ]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path} holds no sensitivity curves ({error}). Delete it and plan again.") from error
 
 
