@@ -100,7 +100,9 @@ class Statistics:
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the statistics as a directory, atomically. Raises OutputError."""
         with atomic_directory(path, overwrite) as place:
-            save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, place / "moments.safetensors")
+            save_file(
+                {name: tensor.contiguous() for name, tensor in self.tensors.items()}, place / "moments.safetensors"
+            )
             write_json(place / "statistics.json", self.header())
 
     def header(self) -> dict[str, Any]:

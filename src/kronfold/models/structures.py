@@ -54,7 +54,7 @@ def fit_kronecker(weight: Tensor, spec: KroneckerSpec, seed: int, weighting: Wei
 
 
 def _given(w):
-    return {} if w is None else {'weighting': w}
+    return {} if w is None else {"weighting": w}
 
 
 def ask_kronecker(shape: Pair, entry: Mapping[str, Any]) -> KroneckerSpec:

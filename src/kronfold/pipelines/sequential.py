@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kronfold.decompose.correction import corrected_weight
-from kronfold.decompose.weighting import Weighting
 from kronfold.export.quantizer import attach
 from kronfold.models.block_stream import BlockStream
 from kronfold.models.families import family_of
@@ -107,9 +106,7 @@ def compress_sequentially(
     return sorted(done, key=lambda row: order[row.name])
 
 
-def _fit_outside(
-    model: PreTrainedModel, view: LinearView, row: PlanRow, statistics: Statistics, seed: int
-) -> PlanRow:
+def _fit_outside(model: PreTrainedModel, view: LinearView, row: PlanRow, statistics: Statistics, seed: int) -> PlanRow:
     """The embedding or an untied head, weighted by the statistics of the dense model."""
     fit, plain = fit_row(view.weight(), row, seed, statistics.weighting(view))
     modules: dict[str, nn.Module] = {}
