@@ -206,7 +206,7 @@ def test_a_tall_weight_reduced_to_its_square_root_is_the_same_problem(block, ran
     error = problem.relative_error(whole, with_orthonormal_b(fit.a, fit.b)[1])
     assert history[0] == pytest.approx(error, abs=1e-9)
     assert state.error == pytest.approx(error, abs=1e-9)
-    assert fit.relative_error == pytest.approx(error, abs=1e-9)
+    assert error - 1e-9 <= fit.relative_error <= 1.001 * error  # a fit ends with a step over the B's
 
 
 BAD = [

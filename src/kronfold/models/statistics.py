@@ -61,7 +61,7 @@ class Statistics:
         """H and G of a site. With a bias to refit H is the covariance of the input, else its second moment.
 
         For an embedding: token frequencies as `outputs` (V,), and the metric of its columns as `inputs`. Of one that
-        is factorised already, the stored columns are weighted: an error D there is the error D G behind the expansion.
+        is factorised already, the stored columns are weighted: an error D there is D G behind the expansion.
         """
         if view.kind == "embedding":
             metric = self.column_metric()
