@@ -13,6 +13,8 @@ from kronfold.base.specs import KroneckerSpec
 from kronfold.decompose.kronecker_als import Problem, a_step, b_step, sweep, weighted_fit, with_orthonormal_b
 from kronfold.decompose.nearest import nearest_kronecker
 from kronfold.decompose.permute import permuted_kronecker
+from kronfold.decompose.permute_state import Options
+from kronfold.decompose.permute_weighted import _Search
 from kronfold.decompose.permute_weighted_in import moved, rearrangements
 from kronfold.decompose.weighting import Weighting, root
 from kronfold.ops import kronecker
@@ -189,6 +191,22 @@ def test_a_tall_embedding_is_weighted_by_its_tokens():
     assert fit.relative_error < 1e-3
     assert fit.perm_out is None
     torch.testing.assert_close(fit.to_dense()[:200], tall[:200], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("block", "rank"), [((1, 2), 1), ((1, 4), 2)])
+def test_a_tall_weight_reduced_to_its_square_root_is_the_same_problem(block, rank):
+    tall, weighting = normal(60, 8), Weighting(moment(8), normal(60, seed=5).exp()).checked((60, 8))
+    spec = KroneckerSpec.for_weight((60, 8), block, rank)
+    fit = permuted_kronecker(tall, spec, weighting=weighting)
+    problem = Problem.of(tall, weighting).arranged(torch.arange(60), fit.perm_in)
+    whole = a_step(problem, torch.zeros(rank, *spec.a, dtype=torch.float64), with_orthonormal_b(fit.a, fit.b)[1])
+    reduced = _Search(tall, spec, weighting, Options(0, 1e-3, -1.0, 5))
+    assert reduced.is_compact
+    state, history = reduced.begin(fit, 0)
+    error = problem.relative_error(whole, with_orthonormal_b(fit.a, fit.b)[1])
+    assert history[0] == pytest.approx(error, abs=1e-9)
+    assert state.error == pytest.approx(error, abs=1e-9)
+    assert error - 1e-9 <= fit.relative_error <= 1.001 * error  # a fit ends with a step over the B's
 
 
 BAD = [

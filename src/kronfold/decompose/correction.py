@@ -14,11 +14,14 @@ from torch import Tensor
 RIDGE = 1e-2  # δ as a share of the mean of the diagonal of H̃: holds W' near W where the text says little
 
 
-def corrected_weight(weight: Tensor, cross: Tensor, moment: Tensor, ridge: float = RIDGE) -> Tensor:
+def corrected_weight(
+    weight: Tensor, cross: Tensor, moment: Tensor, ridge: float = RIDGE, drift: Tensor | None = None
+) -> Tensor:
     """W' (out, in), float64.
 
     Args:
         weight: W (out, in). cross: C = E[x x̃ᵀ] (in, in). moment: H̃ = E[x̃ x̃ᵀ] (in, in).
+        drift: E[d x̃ᵀ] (out, in), where the output is to be W x + d.
         ridge: δ over the mean of the diagonal of H̃, above 0.
 
     Where H̃ is all zeros nothing is known, and W' is W.
@@ -29,4 +32,6 @@ def corrected_weight(weight: Tensor, cross: Tensor, moment: Tensor, ridge: float
         return weight
     system = moment + delta * torch.eye(moment.shape[0], dtype=torch.float64)
     right = weight @ cross + delta * weight
+    if drift is not None:
+        right = right + drift.double()
     return torch.linalg.solve(system, right.T).T

@@ -28,6 +28,9 @@ from kronfold.decompose.permute_swaps import swap
 from kronfold.decompose.permute_weighted import scaled, weighted_search
 from kronfold.decompose.weighting import Weighting
 
+FINE_STEPS = 2e-4  # tolerance of weighted moves where out_b is 1
+SWEEPS_LARGE = 2  # weighted sweeps of a large weight; the first ones gain nearly all there is
+
 Memo = dict[tuple[tuple[int, int], int], Search]
 
 
@@ -56,9 +59,10 @@ def permuted_kronecker(
             "grouping" (similarity grouping, swaps, assignment).
         tolerance: a start ends when a sweep over the sides lowers its error by less than this share of it.
             None means 5e-4, and 2e-3 for weights above a million numbers; ten times that for the moves under a
-            weighting, whose sweeps cost and gain more.
+            weighting, whose sweeps cost and gain more, but 2e-4 where out_b is 1 and they cost little.
         target_error: stop as soon as the relative error is at most this; None looks as far as `tolerance` goes.
-        max_sweeps: limit on sweeps per start.
+        max_sweeps: limit on sweeps per start; under a weighting at most 2 after the starts for weights above a million
+            numbers, unless out_b is 1.
 
     Returns:
         Fit; `perm_in` or `perm_out` is None for a side that was not searched. `history` starts with the identity's
@@ -79,7 +83,10 @@ def permuted_kronecker(
     with _one_thread():
         if weighting is None:
             return _searched(weight, spec, method, options)
-        steps = replace(options, tolerance=10.0 * usual if tolerance is None else tolerance)
+        is_cheap = spec.b[0] == 1
+        own = FINE_STEPS if is_cheap else 10.0 * usual
+        limit = max_sweeps if is_cheap or weight.numel() <= LARGE else min(max_sweeps, SWEEPS_LARGE)
+        steps = replace(options, tolerance=own if tolerance is None else tolerance, max_sweeps=limit)
         return _weighted(weight, spec, weighting.checked(spec.shape), method, (options, steps))
 
 

@@ -100,6 +100,18 @@ class BlockStream:
             handle.remove()
 
     @torch.no_grad()
+    def rest_of(self, block: nn.Module, index: int, layer: nn.Module) -> Iterator[Tensor]:
+        """For each batch what `block` gives without the share of its `layer`, which it adds last: (tokens, width)."""
+        seen: list[Tensor] = []
+        for hidden in self.hidden:
+            handle = layer.register_forward_hook(lambda _module, _args, output: seen.append(output))
+            try:
+                out = self.call(block, index, hidden)
+            finally:
+                handle.remove()
+            yield (out - seen.pop()).flatten(0, -2)
+
+    @torch.no_grad()
     def advance(self, block: nn.Module, index: int) -> None:
         """Replace `hidden` by what `block` makes of it."""
         for i, hidden in enumerate(self.hidden):

@@ -17,6 +17,7 @@ from kronfold.base.errors import CheckpointError, DataError
 from kronfold.base.files import atomic_directory, write_json
 from kronfold.decompose.weighting import DAMPING, Weighting, covariance
 from kronfold.models.linear_view import LinearView
+from kronfold.nn import FactorizedEmbedding
 
 FORMAT_VERSION = 1
 TOKEN_PRIOR = 0.3  # share of the general-use prior in the token frequencies
@@ -59,10 +60,15 @@ class Statistics:
     def weighting(self, view: LinearView, *, damping: float = DAMPING) -> Weighting:
         """H and G of a site. With a bias to refit H is the covariance of the input, else its second moment.
 
-        For an embedding: token frequencies as `outputs` (V,), and the metric of its columns as `inputs`.
+        For an embedding: token frequencies as `outputs` (V,), and the metric of its columns as `inputs`. Of one that
+        is factorised already, the stored columns are weighted: an error D there is D G behind the expansion.
         """
         if view.kind == "embedding":
-            return Weighting(self.column_metric(), self.token_frequencies(), damping)
+            metric = self.column_metric()
+            if isinstance(view.module, FactorizedEmbedding):
+                expansion = view.module.expansion().detach().to(metric)
+                metric = expansion @ metric @ expansion.T
+            return Weighting(metric, self.token_frequencies(), damping)
         second, first = self.input_moments(view.module_name)
         if view.bias() is not None:
             second = covariance(second, first, first)

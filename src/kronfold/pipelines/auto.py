@@ -29,7 +29,7 @@ def settings_of(recipe: str | Recipe | None, changes: Mapping[str, Any] | None =
     """
     own = load_recipe(recipe).auto if recipe is not None else None
     known = own.model_dump() if own else {}
-    return validate(AutoRecipe, {**known, **(changes or {})}, "These options")  
+    return validate(AutoRecipe, {**known, **(changes or {})}, "These options")
 
 
 def calibrate_on(

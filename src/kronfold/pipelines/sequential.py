@@ -20,7 +20,7 @@ from kronfold.models.families import family_of
 from kronfold.models.linear_view import LinearView, sites
 from kronfold.models.statistics import Statistics
 from kronfold.models.surgery import replace_modules
-from kronfold.pipelines.placement import fit_row, place_embedding, place_linear
+from kronfold.pipelines.placement import fit_row, overwrite, place_embedding, place_linear, weighting_for
 from kronfold.planner import planning
 from kronfold.planner.plan import PlanRow
 
@@ -31,12 +31,18 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Moments:
-    """Means over the calibration tokens at one layer: H̃ = E[x̃ x̃ᵀ], C = E[x x̃ᵀ], E[x], E[x̃]; x̃ after compression."""
+    """Means over the calibration tokens at one layer: H̃ = E[x̃ x̃ᵀ], C = E[x x̃ᵀ], E[x], E[x̃]; x̃ after compression.
+
+    For a layer that writes to the residual stream also E[d x̃ᵀ] (`drift`) and E[d], d what the stream in front of it
+    lost by compression: the layer can make up for it.
+    """
 
     second: Tensor
     cross: Tensor
     first: Tensor
     first_now: Tensor
+    drift: Tensor | None = None
+    drift_first: Tensor | None = None
 
     def centred(self) -> Moments:
         """The same about the means, for layers whose bias is refitted."""
@@ -44,6 +50,9 @@ class Moments:
             self,
             second=covariance(self.second, self.first_now, self.first_now),
             cross=covariance(self.cross, self.first, self.first_now),
+            drift=None
+            if self.drift is None or self.drift_first is None
+            else self.drift - torch.outer(self.drift_first, self.first_now),
         )
 
 
@@ -53,6 +62,8 @@ def compress_sequentially(
     statistics: Statistics,
     windows: Tensor,
     *,
+    reference: PreTrainedModel | None = None,
+    adapt: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[PlanRow]:
@@ -62,6 +73,10 @@ def compress_sequentially(
         model: dense where the rows are; changed block by block.
         statistics: weighting of the embedding and head, and the gradient moments of all sites.
         windows: (n, window) calibration token ids.
+        reference: the model whose activations are the targets, where `model` was compressed in part already; its
+            dense layers must be those of `model`. None stands for `model` as it is given.
+        adapt: also refit the dense linear layers of the blocks, by ridge regression, to the inputs they now see; those
+            that write to the residual stream make up for what it lost. They keep their sizes.
 
     Returns the rows, in the order given, with their weighted errors.
 
@@ -75,10 +90,11 @@ def compress_sequentially(
     for row in rows:
         if views[row.name].kind == "linear":
             statistics.input_moments(views[row.name].module_name)
+    job = _Job(model, views, {row.name: row for row in rows}, statistics, windows, seed, adapt)
     training = model.training
     model.eval()
     try:
-        done = _run(model, views, rows, statistics, windows, seed, progress or (lambda _what, _done, _total: None))
+        done = job.run(reference, progress or (lambda _what, _done, _total: None))
     finally:
         model.train(training)
     attach(model)
@@ -86,46 +102,50 @@ def compress_sequentially(
     return sorted(done, key=lambda row: order[row.name])
 
 
-def _run(
-    model: PreTrainedModel,
-    views: dict[str, LinearView],
-    rows: Sequence[PlanRow],
-    statistics: Statistics,
-    windows: Tensor,
-    seed: int,
-    progress: Progress,
-) -> list[PlanRow]:
-    """What stands outside the blocks first, then block by block."""
-    pending = {row.name: row for row in rows}
-    dense = BlockStream(model, windows, batch_for(windows))
-    dense.start()
-    done: list[PlanRow] = []
-    outside = [row for row in rows if views[row.name].block is None]
-    for row in outside:
-        done.append(_fit_outside(model, views[row.name], row, statistics, seed))
-        del pending[row.name]
-    student = dense.twin()
-    student.start()
-    name = family_of(model).blocks
-    for i, block in enumerate(model.get_submodule(name).children()):
-        inside = [row for row in pending.values() if views[row.name].block == i]
-        progress(f"fit block {i}", i, len(dense.blocks))
-        original = copy.deepcopy(block) if inside else block
-        for group in _in_running_order(student, original, i, f"{name}.{i}.", views, inside, statistics):
-            moments = _moments(dense, student, original, block, i, group, views, f"{name}.{i}.")
-            done += _fit_group(model, views, group, moments, statistics, seed)
-        dense.advance(original, i)
-        student.advance(block, i)
-    progress("fit", len(dense.blocks), len(dense.blocks))
-    return done
+@dataclass(frozen=True)
+class _Job:
+    """What one sequential fit works with. `pending`: the rows by name. The rest as in `compress_sequentially`."""
+
+    model: PreTrainedModel
+    views: dict[str, LinearView]
+    pending: dict[str, PlanRow]
+    statistics: Statistics
+    windows: Tensor
+    seed: int
+    adapt: bool
+
+    def run(self, reference: PreTrainedModel | None, progress: Progress) -> list[PlanRow]:
+        """What stands outside the blocks first, then block by block."""
+        model, views, batch = self.model, self.views, batch_for(self.windows)
+        dense = BlockStream(model if reference is None else reference, self.windows, batch)
+        dense.start()
+        outside = [row for row in self.pending.values() if views[row.name].block is None]
+        done = [_fit_outside(model, views[row.name], row, self.statistics, self.seed) for row in outside]
+        if not self.adapt and len(outside) == len(self.pending):
+            return done
+        student = dense.twin() if reference is None else BlockStream(model, self.windows, batch)
+        student.model = model
+        student.start()
+        name = family_of(model).blocks
+        for i, block in enumerate(model.get_submodule(name).children()):
+            inside = [view for view in views.values() if view.block == i and view.kind == "linear"]
+            inside = [view for view in inside if view.name in self.pending or (self.adapt and view.is_dense)]
+            progress(f"fit block {i}", i, len(dense.blocks))
+            original = dense.blocks[i] if reference is not None else copy.deepcopy(block) if inside else block
+            for group in _in_running_order(student, original, i, f"{name}.{i}.", inside, self.statistics):
+                moments = _moments(dense, student, original, block, i, group[0], f"{name}.{i}.", self.adapt)
+                done += _fit_group(model, group, self.pending, moments, self.statistics, self.seed)
+            dense.advance(original, i)
+            student.advance(block, i)
+        progress("fit", len(dense.blocks), len(dense.blocks))
+        return done
 
 
 def batch_for(windows: Tensor) -> int:
     """The largest number of windows per call that divides their count and stays within TOKENS_PER_CALL."""
     count, window = windows.shape
-    return max(
-        size for size in range(1, count + 1) if count % size == 0 and (size == 1 or size * window <= TOKENS_PER_CALL)
-    )
+    fitting = [size for size in range(2, count + 1) if count % size == 0 and size * window <= TOKENS_PER_CALL]
+    return max(fitting, default=1)
 
 
 def _fit_outside(model: PreTrainedModel, view: LinearView, row: PlanRow, statistics: Statistics, seed: int) -> PlanRow:
@@ -156,15 +176,14 @@ def _in_running_order(
     block: nn.Module,
     index: int,
     prefix: str,
-    views: Mapping[str, LinearView],
-    rows: Sequence[PlanRow],
+    views: Sequence[LinearView],
     statistics: Statistics,
-) -> list[list[PlanRow]]:
-    """The rows of a block, those that read the same input together, in the order in which the block runs them.
+) -> list[list[LinearView]]:
+    """The views of a block, those that read the same input together, in the order in which the block runs them.
 
-    Raises InputError for a row whose layer is never run.
+    Raises InputError for a layer that is never run.
     """
-    if not rows:
+    if not views:
         return []
     order: list[str] = []
     handles = [
@@ -178,13 +197,12 @@ def _in_running_order(
     finally:
         for handle in handles:
             handle.remove()
-    idle = sorted(row.name for row in rows if views[row.name].module_name not in order)
+    idle = sorted(view.name for view in views if view.module_name not in order)
     if idle:
         raise InputError(f"The calibration text never reaches {', '.join(idle[:3])}; leave these dense.")
-    groups: dict[str, list[PlanRow]] = {}
-    for row in sorted(rows, key=lambda row: order.index(views[row.name].module_name)):
-        key = statistics.reads.get(views[row.name].module_name, row.name)
-        groups.setdefault(key, []).append(row)
+    groups: dict[str, list[LinearView]] = {}
+    for view in sorted(views, key=lambda view: order.index(view.module_name)):
+        groups.setdefault(statistics.reads.get(view.module_name, view.name), []).append(view)
     return list(groups.values())
 
 
@@ -194,48 +212,87 @@ def _moments(
     original: nn.Module,
     block: nn.Module,
     index: int,
-    group: Sequence[PlanRow],
-    views: dict[str, LinearView],
+    view: LinearView,
     prefix: str,
+    adapt: bool,
 ) -> Moments:
-    """Input moments of the layers of a group, which all read the same input."""
-    local = views[group[0].name].module_name.removeprefix(prefix)
+    """Input moments of the layers that read the same input as `view`."""
+    local = view.module_name.removeprefix(prefix)
     pairs = zip(
         dense.inputs_of(original, index, original.get_submodule(local)),
         student.inputs_of(block, index, block.get_submodule(local)),
         strict=True,
     )
-    second = cross = first = first_now = torch.zeros(())
+    lost = _lost(dense, student, original, block, index, local, view.role) if adapt else None
+    sums = [torch.zeros(())] * 6
     tokens = 0
-    for before, now in pairs:
-        wide = torch.promote_types(now.dtype, torch.float32)
-        before, now = before.to(wide), now.to(wide)
-        second = second + now.T @ now
-        cross = cross + before.T @ now
-        first, first_now = first + before.sum(0), first_now + now.sum(0)
+    for i, (before, now) in enumerate(pairs):
+        before, now = before.double(), now.double()
+        terms = [now.T @ now, before.T @ now, before.sum(0), now.sum(0)]
+        if lost is not None:
+            drift = lost[i].double()
+            terms += [drift.T @ now, drift.sum(0)]
+        sums = [total + term for total, term in zip(sums, terms, strict=False)]
         tokens += len(now)
-    return Moments(second / tokens, cross / tokens, first / tokens, first_now / tokens)
+    return Moments(*(total.cpu() / tokens for total in sums))
+
+
+def _lost(
+    dense: BlockStream,
+    student: BlockStream,
+    original: nn.Module,
+    block: nn.Module,
+    index: int,
+    local: str,
+    role: str | None,
+) -> list[Tensor] | None:
+    """What compression took from the residual stream that a layer adds to, batch by batch (tokens, width).
+
+    In front of the attention's output layer that is the block's input; the MLP's comes last, so there it is the
+    block's output less the layer's own. None for any other layer.
+    """
+    if role == "attention_out":
+        pairs = zip(dense.hidden, student.hidden, strict=True)
+        return [(before - now).flatten(0, -2) for before, now in pairs]
+    if role != "mlp_out":
+        return None
+    pairs = zip(
+        dense.rest_of(original, index, original.get_submodule(local)),
+        student.rest_of(block, index, block.get_submodule(local)),
+        strict=True,
+    )
+    return [before - now for before, now in pairs]
 
 
 def _fit_group(
     model: PreTrainedModel,
-    views: dict[str, LinearView],
-    group: Sequence[PlanRow],
+    group: Sequence[LinearView],
+    pending: Mapping[str, PlanRow],
     moments: Moments,
     statistics: Statistics,
     seed: int,
 ) -> list[PlanRow]:
+    """Fit the views of a group; dense ones first, as a fused layer takes over the dense parts it finds."""
     modules: dict[str, nn.Module] = {}
     done = []
-    centred = moments.centred()
-    for row in group:
-        view = views[row.name]
-        own = moments if view.bias() is None else centred
-        target = corrected_weight(view.weight().cpu(), own.cross.cpu(), own.second.cpu())
-        weighting = replace(statistics.weighting(view), inputs=own.second)
-        fit, _ = fit_row(target, row, seed, weighting)
-        bias = _refitted_bias(view, fit.to_dense(), moments.first, moments.first_now)
-        place_linear(modules, view, row, fit, bias)
-        done.append(replace(row, relative_error=fit.relative_error, relative_error_plain=None))
+    for view in sorted(group, key=lambda view: view.name in pending):
+        row = pending.get(view.name)
+        weight = view.weight().double().cpu()
+        own = moments if view.bias() is None else moments.centred()
+        target = corrected_weight(weight, own.cross, own.second, drift=own.drift)
+        if row is None:
+            fit, approximation = None, target
+        else:
+            weighting = weighting_for(row, replace(statistics.weighting(view), inputs=own.second))
+            fit, _ = fit_row(target, row, seed, weighting)
+            approximation = fit.to_dense()
+        bias = _refitted_bias(view, approximation, moments.first, moments.first_now)
+        if bias is not None and moments.drift_first is not None:
+            bias = bias + moments.drift_first
+        if row is None:
+            overwrite(view, approximation, bias)
+        else:
+            place_linear(modules, view, row, fit, bias)
+            done.append(replace(row, relative_error=fit.relative_error, relative_error_plain=None))
     replace_modules(model, modules)
     return done
