@@ -33,7 +33,7 @@ from kronfold.pipelines.calibration import Calibration
 from kronfold.planner import planning
 from kronfold.planner.budget import Budget
 from kronfold.planner.plan import Plan, PlanRow, PlanStage
-from kronfold.planner.recipe import AutoRecipe, Recipe
+from kronfold.planner.recipe import AutoRecipe, Recipe, load_recipe
 
 ROWS = ("auto", "auto, sequential", "whitened SVD", "permuted Kronecker")
 KRONECKER = {
@@ -94,11 +94,10 @@ def without_gradients(calibration: Calibration) -> Calibration:
 
 def student_of(row: str, model: Any, calibration: Calibration, budget: Budget) -> tuple[Any, dict[str, Any]]:
     """The compressed model of a row, and what its plan says."""
-    settings = AutoRecipe.model_validate({})
     started = time.monotonic()
     sequential, data = row == "auto, sequential", calibration
     if row.startswith("auto"):
-        plan = plan_auto(model, calibration, settings, budget)
+        plan = plan_auto(model, calibration, load_recipe("auto"), budget)
     elif row == "whitened SVD":
         plan = uniform_plan(model, round(budget.amount_for(cost(model))))
         data = without_gradients(calibration)

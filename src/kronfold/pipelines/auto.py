@@ -17,7 +17,7 @@ from kronfold.pipelines.sequential import compress_sequentially
 from kronfold.pipelines.stage import compress_stage
 from kronfold.planner.budget import Budget, plan_for_budget
 from kronfold.planner.plan import Plan, PlanRow
-from kronfold.planner.recipe import AutoRecipe, HealRecipe, Recipe, load_recipe, validate
+from kronfold.planner.recipe import AutoRecipe, Recipe, load_recipe, validate
 
 Progress = Callable[[str, int, int], None]
 
@@ -66,13 +66,14 @@ def calibrate_on(
 def plan_auto(
     model: PreTrainedModel,
     calibration: Calibration,
-    settings: AutoRecipe,
+    recipe: Recipe,
     budget: Budget | None = None,
     *,
-    heal: HealRecipe | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """The plan of least predicted loss for `budget` (default: the recipe's `target_ratio`).
+
+    `recipe`: one with an `auto` entry; its one stage takes the rows.
 
     Raises RecipeError for a model that is already structured, and as `plan_for_budget`.
     """
@@ -81,8 +82,9 @@ def plan_auto(
             "The planner starts from a dense model, and this one holds structured layers already. Plan from the "
             "original, or fold this one first: kronfold.to_dense(model)."
         )
+    settings = settings_of(recipe)
     curves = calibration.curves(model, settings.structures, progress)
-    return plan_for_budget(model, curves, budget or Budget("params", ratio=settings.target_ratio), heal=heal)
+    return plan_for_budget(model, curves, budget or Budget("params", ratio=settings.target_ratio), recipe=recipe)
 
 
 def fit_rows(

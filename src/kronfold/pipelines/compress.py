@@ -59,7 +59,7 @@ def plan(
                 "weights, or a recipe of fixed shapes such as tqcompressor."
             )
         found = _calibration(model_or_config, calibration, recipe.auto, tokenizer, seed, cache, progress)
-        return plan_auto(model_or_config, found, recipe.auto, budget, heal=recipe.stages[0].heal, progress=progress)
+        return plan_auto(model_or_config, found, recipe, budget, progress=progress)
     if budget is not None:
         raise RecipeError(
             f"Recipe {recipe.name!r} has fixed shapes, so it cannot be given a budget. Use --recipe auto, or a recipe "
@@ -110,8 +110,8 @@ def compress(
     found = None
     if planned or calibration is not None:
         found = _calibration(model, calibration, settings, tokenizer, seed, cache, progress)
-    if planned and found is not None:
-        made = plan_auto(model, found, settings, budget, progress=progress)
+    if recipe is not None and planned and found is not None:
+        made = plan_auto(model, found, recipe, budget, progress=progress)
     elif budget is not None:
         raise RecipeError("A plan or a recipe of fixed shapes cannot be given a budget; use recipe auto.")
     else:

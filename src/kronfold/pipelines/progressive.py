@@ -151,7 +151,7 @@ def run(
     tokenizer = load_tokenizer(options.model)
     found = _calibrate(options, recipe, teacher, tokenizer, report)
     if recipe.auto and found:
-        plan = plan_auto(teacher, found, recipe.auto, options.budget, heal=recipe.stages[0].heal, progress=report)
+        plan = plan_auto(teacher, found, recipe, options.budget, progress=report)
     else:
         plan = planning.plan(teacher, recipe)
     blocks = _blocks(options, recipe, teacher, tokenizer)

@@ -281,18 +281,16 @@ def _fit_group(
         own = moments if view.bias() is None else moments.centred()
         target = corrected_weight(weight, own.cross, own.second, drift=own.drift)
         if row is None:
-            fit, approximation = None, target
-        else:
-            weighting = weighting_for(row, replace(statistics.weighting(view), inputs=own.second))
-            fit, _ = fit_row(target, row, seed, weighting)
-            approximation = fit.to_dense()
-        bias = _refitted_bias(view, approximation, moments.first, moments.first_now)
-        if bias is not None and moments.drift_first is not None:
-            bias = bias + moments.drift_first
-        if row is None:
-            overwrite(view, approximation, bias)
-        else:
-            place_linear(modules, view, row, fit, bias)
-            done.append(replace(row, relative_error=fit.relative_error, relative_error_plain=None))
+            overwrite(view, target, _bias_after(view, target, moments))
+            continue
+        weighting = weighting_for(row, replace(statistics.weighting(view), inputs=own.second))
+        fit, _ = fit_row(target, row, seed, weighting)
+        place_linear(modules, view, row, fit, _bias_after(view, fit.to_dense(), moments))
+        done.append(replace(row, relative_error=fit.relative_error, relative_error_plain=None))
     replace_modules(model, modules)
     return done
+
+
+def _bias_after(view: LinearView, approximation: Tensor, moments: Moments) -> Tensor | None:
+    bias = _refitted_bias(view, approximation, moments.first, moments.first_now)
+    return bias if bias is None or moments.drift_first is None else bias + moments.drift_first

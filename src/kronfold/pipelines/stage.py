@@ -13,7 +13,7 @@ from kronfold.export.quantizer import attach
 from kronfold.models.linear_view import LinearView, sites
 from kronfold.models.statistics import Statistics
 from kronfold.models.surgery import replace_modules
-from kronfold.pipelines.placement import fit_row, place_embedding, place_linear
+from kronfold.pipelines.placement import fit_row, place_embedding, place_linear, weighting_for
 from kronfold.planner import planning
 from kronfold.planner.plan import PlanRow
 
@@ -42,7 +42,7 @@ def compress_stage(
         if progress:
             progress(row.name, i, len(rows))
         view = views[row.name]
-        weighting = statistics.weighting(view) if statistics else None
+        weighting = weighting_for(row, statistics.weighting(view)) if statistics else None
         fit, plain_error = fit_row(view.weight(), row, seed, weighting)
         if view.kind == "embedding":
             place_embedding(model, modules, view, row, fit)

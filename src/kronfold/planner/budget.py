@@ -18,7 +18,7 @@ from kronfold.models.surgery import read_specs
 from kronfold.planner.allocate import Allocation, Options, allocate
 from kronfold.planner.plan import Plan, PlanRow, PlanStage
 from kronfold.planner.planning import check_rows, cost_absorbed, name_of_tied_head, skeleton_of, specs_after
-from kronfold.planner.recipe import HealRecipe
+from kronfold.planner.recipe import Recipe
 from kronfold.planner.sensitivity import SiteCurve, Unit, embedding_spec
 
 _COUNT_SUFFIXES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}
@@ -86,14 +86,13 @@ def plan_for_budget(
     curves: Sequence[SiteCurve],
     budget: Budget,
     *,
-    heal: HealRecipe | None = None,
-    name: str = "auto",
+    recipe: Recipe | None = None,
 ) -> Plan:
     """The plan of least predicted loss within the budget; sites that gain nothing stay dense and have no row.
 
     Args:
         curves: from `sensitivity`, of this model.
-        heal: how its one stage heals, None for not at all.
+        recipe: gives the plan its name, and its one stage its name and healing; None is a plan that does not heal.
 
     Raises:
         InputError: the budget is above the dense model, or below the floor (which is named).
@@ -112,9 +111,9 @@ def plan_for_budget(
     specs = specs_after(views, rows, read_specs(skeleton), name_of_tied_head(skeleton))
     after, gathers = cost_absorbed(skeleton_of(model_or_config, specs))
     return Plan(
-        recipe=name,
+        recipe=recipe.name if recipe else "auto",
         description=f"Planned for {amount:,.0f} {budget.unit}: least predicted loss, site by site.",
-        stages=[PlanStage(name, rows, heal)],
+        stages=[PlanStage(recipe.stages[0].name, rows, recipe.stages[0].heal) if recipe else PlanStage("auto", rows)],
         teacher=dense,
         cost=after,
         budget={
