@@ -29,7 +29,9 @@ def budgets() -> None:
         for name, row in rows.items():
             if name != "dense":
                 share = row["held_parameters"] / dense["held_parameters"]
-                excess = row["perplexity"]["wikitext2"]["perplexity"] / dense["perplexity"]["wikitext2"]["perplexity"] - 1
+                excess = (
+                    row["perplexity"]["wikitext2"]["perplexity"] / dense["perplexity"]["wikitext2"]["perplexity"] - 1
+                )
                 found.setdefault(name, []).append((100 * share, excess))
     figure, axes = plt.subplots(figsize=(6, 3.6))
     for name, points in found.items():

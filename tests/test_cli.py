@@ -66,7 +66,7 @@ def test_plan_of_gpt2(call, recipe, held):
 
 def test_compress_inspect_eval_validate(call, model, text, tmp_path):
     out_dir = tmp_path / "small"
-    code, out, _ = call("compress", model, "-o", out_dir, "--json")
+    code, out, _ = call("compress", model, "-r", "tqcompressor", "-o", out_dir, "--json")
     compressed = json.loads(out)
     assert code == 0
     assert compressed["held_parameters"] < compressed["teacher"]["held_parameters"]
@@ -102,7 +102,7 @@ def test_compress_inspect_eval_validate(call, model, text, tmp_path):
 
 
 def test_heal_improves_and_reports(call, model, text, tmp_path):
-    assert call("compress", model, "-o", tmp_path / "small")[0] == 0
+    assert call("compress", model, "-r", "tqcompressor", "-o", tmp_path / "small")[0] == 0
     code, out, _ = call(
         "heal", tmp_path / "small", "--teacher", model, "--train-text", text, "--eval-text", text,
         "--heal-tokens", 8000, "--batch-size", 4, "-o", tmp_path / "healed", "--device", "cpu", "--json",
@@ -239,7 +239,7 @@ def test_weights_that_cannot_be_fitted(call, tmp_path, value):
         weight.zero_() if value == 0 else weight[3, 4].fill_(value)
     model.save_pretrained(tmp_path / "bad")
     pico.tokenizer().save_pretrained(tmp_path / "bad")
-    code, _, err = call("compress", tmp_path / "bad", "-o", tmp_path / "out")
+    code, _, err = call("compress", tmp_path / "bad", "-r", "tqcompressor", "-o", tmp_path / "out")
     assert code == 2
     assert "transformer.h.1.mlp.c_fc" in err
     assert not (tmp_path / "out").exists()
@@ -254,14 +254,14 @@ FULL_DISK = [
 
 @pytest.mark.parametrize("error", FULL_DISK, ids=["OSError", "SafetensorError"])
 def test_a_full_disk_leaves_the_old_checkpoint(call, model, tmp_path, monkeypatch, error):
-    assert call("compress", model, "-o", tmp_path / "small")[0] == 0
+    assert call("compress", model, "-r", "tqcompressor", "-o", tmp_path / "small")[0] == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "small").iterdir()}
 
     def full(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    code, _, err = call("compress", model, "-o", tmp_path / "small", "--overwrite")
+    code, _, err = call("compress", model, "-r", "tqcompressor", "-o", tmp_path / "small", "--overwrite")
     assert code == 2
     assert "No space left" in err
     assert {path.name: path.read_bytes() for path in (tmp_path / "small").iterdir()} == before
