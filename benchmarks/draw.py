@@ -61,23 +61,23 @@ def smollm() -> None:
     save(figure, "smollm2")
 
 
-def ranks() -> None:
-    """What the planner keeps of every matrix of SmolLM2-135M at 65 %."""
-    plan = read("smollm2-plan-65.json")
-    kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    blocks = 1 + max(int(row["name"].split(".")[2]) for row in plan["rows"] if ".layers." in row["name"])
-    kept = [[1.0] * blocks for _ in kinds]
-    for row in plan["rows"]:
-        if ".layers." in row["name"]:
-            parts = row["name"].split(".")
-            kept[kinds.index(parts[-1])][int(parts[2])] = row["held_parameters"] / row["teacher_parameters"]
-    figure, axes = plt.subplots(figsize=(7, 2.4))
-    image = axes.imshow(kept, aspect="auto", vmin=0, vmax=1, cmap="viridis")
-    axes.set_yticks(range(len(kinds)), kinds)
-    axes.set_xlabel("block")
-    axes.set_title("Share of the numbers kept, SmolLM2-135M at 65 %", fontsize=10)
-    figure.colorbar(image, ax=axes)
-    save(figure, "ranks")
+def structures() -> None:
+    """Mean weighted error of each structure over that of low rank at the same numbers, single weights."""
+    summary = read("structures_compared.json")["summary"]
+    shown = [row for row in summary if not row["structure"].startswith("low rank +") or "(2, 2)" in row["structure"]]
+    names = list(dict.fromkeys(row["structure"] for row in shown if row["structure"] != "low rank"))
+    figure, axes = plt.subplots(figsize=(6.5, 0.3 * len(names) + 1.2))
+    for i, ratio in enumerate(sorted({row["ratio"] for row in shown})):
+        found = {row["structure"]: row["error"] / row["baseline"] for row in shown if row["ratio"] == ratio}
+        places = [j + 0.38 * i for j, name in enumerate(names) if name in found]
+        axes.barh(places, [found[name] for name in names if name in found], 0.36, label=f"{ratio:.0%} kept")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks([j + 0.19 for j in range(len(names))], names, fontsize=7)
+    axes.set(xscale="log", xlabel="weighted error over that of low rank (left of the line: better)")
+    axes.invert_yaxis()
+    axes.legend(frameon=False)
+    axes.set_title("gpt2-wikitext2, blocks 1 and 4", fontsize=10)
+    save(figure, "structures")
 
 
 def save(figure: Any, name: str) -> None:
@@ -91,4 +91,4 @@ if __name__ == "__main__":
     plt.rcParams |= {"svg.hashsalt": "kronfold", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
     budgets()
     smollm()
-    ranks()
+    structures()

@@ -1,7 +1,7 @@
-"""kronfold: make GPT-style language models smaller with permuted Kronecker products, and heal them by distillation.
+"""kronfold: make GPT-style language models smaller, planned for a budget and fitted to data; heal them by distillation.
 
 import kronfold as kf
-student = kf.compress(teacher, "tqcompressor")
+student = kf.compress(teacher, "auto", calibration="my-text.txt")
 kf.heal(student, teacher, blocks)
 student.save_pretrained("out")          # loads with AutoModelForCausalLM.from_pretrained after `import kronfold`
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 from kronfold.export import autoload
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public names and where they live; imported on first use, so that `import kronfold` stays light.
 _PUBLIC = {
@@ -23,6 +23,8 @@ _PUBLIC = {
     "plan": "kronfold.pipelines.compress",
     "compress": "kronfold.pipelines.compress",
     "heal": "kronfold.train.heal",
+    "Budget": "kronfold.planner.budget",
+    "LowRankSpec": "kronfold.base.specs",
     "perplexity": "kronfold.evaluate.perplexity",
     "to_dense": "kronfold.export.dense",
 }
