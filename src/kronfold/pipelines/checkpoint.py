@@ -148,11 +148,7 @@ def heal_to(
     """
     check_output(output, overwrite)
     saved_dtype = read_dtype(dtype) if dtype else None
-    work = Path(output).with_name(Path(output).name + ".partial")
-    if work.is_dir() and any(work.iterdir()) and not resume:
-        if not overwrite:
-            raise OutputError(f"An unfinished job lies in {work}. Continue it with --resume, or pass --overwrite.")
-        shutil.rmtree(work)
+    work = _work_directory(output, resume, overwrite)
     model, original = load_model(student, device=device), load_model(teacher, device=device)
     tokenizer = load_tokenizer(student)
     size = min(1024, getattr(model.config, "max_position_embeddings", 1024))
@@ -199,6 +195,16 @@ def heal_to(
     save_checkpoint(model, tokenizer, student, output, document, saved_dtype, overwrite)
     shutil.rmtree(work, ignore_errors=True)
     return document
+
+
+def _work_directory(output: str | Path, resume: bool, overwrite: bool) -> Path:
+    """`<output>.partial`, emptied unless the job there is to be resumed. Raises OutputError when one lies there."""
+    work = Path(output).with_name(Path(output).name + ".partial")
+    if work.is_dir() and any(work.iterdir()) and not resume:
+        if not overwrite:
+            raise OutputError(f"An unfinished job lies in {work}. Continue it with --resume, or pass --overwrite.")
+        shutil.rmtree(work)
+    return work
 
 
 def heal_by(

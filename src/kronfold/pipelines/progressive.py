@@ -10,11 +10,10 @@ import copy
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from kronfold.base import results
@@ -22,101 +21,20 @@ from kronfold.base.errors import InputError, suggest
 from kronfold.base.files import check_output, explain_write_errors, sha256_of, swap_directory, write_json
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
-from kronfold.evaluate.perplexity import PROTOCOLS, perplexity
-from kronfold.evaluate.samples import sample
-from kronfold.evaluate.texts import open_text
+from kronfold.evaluate.perplexity import PROTOCOLS
 from kronfold.export.checkpoint import write_model
 from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer
-from kronfold.pipelines.auto import calibrate_on, fit_rows, plan_auto, settings_of
+from kronfold.pipelines.auto import calibrate_on, plan_auto, settings_of
 from kronfold.pipelines.calibration import Calibration
 from kronfold.pipelines.checkpoint import heal_by
 from kronfold.pipelines.gathers import absorb_gathers
+from kronfold.pipelines.run_state import Control, Report, Run, RunOptions
 from kronfold.pipelines.steps import StepBook
 from kronfold.planner import planning
-from kronfold.planner.budget import Budget
-from kronfold.planner.plan import Plan, PlanRow
 from kronfold.planner.recipe import HealRecipe, Recipe, load_recipe
 from kronfold.train.heal import HealResult
-
-Control = Literal["dense", "plain"]
-Report = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What one run is made of; equal options and inputs give the same run, and only those may be resumed.
-
-    Attributes:
-        model: the teacher. recipe: name or YAML file. train_text, eval_text: text sources; they must not overlap.
-        heal_tokens: healing budget over all stages, None for the recipe's own.
-        calibration: texts to fit to; the recipe `auto` takes the training text when there are none, any other recipe
-            is then fitted to the weights alone. budget: for `auto`. cache: directory for statistics, None for none.
-        block_size: training window in tokens, None for the model's context (at most 1024).
-        protocol: of every perplexity. controls: "dense" fine-tunes the teacher on the same data, "plain" repeats the
-            recipe without permutations; equal tokens and seed. prompt: start of the text samples, None for no samples.
-        dtype: of the saved weights, None for the teacher's own.
-    """
-
-    model: str
-    recipe: str
-    train_text: str
-    eval_text: str
-    heal_tokens: int | None = None
-    calibration: Sequence[str] = ()
-    budget: Budget | None = None
-    cache: str | None = None
-    block_size: int | None = None
-    protocol: str = "sliding"
-    controls: Sequence[Control] = ("dense", "plain")
-    prompt: str | None = None
-    sample_tokens: int = 48
-    seed: int = 0
-    device: str = "cpu"
-    dtype: torch.dtype | None = None
-    name: str | None = None
-    command: str = ""
-
-
-@dataclass
-class _Run:
-    """One run in progress: the options, what was loaded, and the book of finished steps."""
-
-    options: RunOptions
-    recipe: Recipe
-    work: Path
-    book: StepBook
-    teacher: PreTrainedModel
-    tokenizer: Any
-    blocks: TokenBlocks
-    report: Report
-    plan: Plan
-    calibration: Calibration | None
-
-    def fit(self, student: PreTrainedModel, rows: list[PlanRow]) -> list[PlanRow]:
-        """Fit and place the rows of a stage, to data where the run has calibration text."""
-
-        def progress(name: str, done: int, total: int) -> None:
-            self.report(f"decompose {name}".strip(), done, total)
-
-        sequential = self.recipe.auto is None or self.recipe.auto.sequential
-        return fit_rows(
-            student, rows, self.calibration, sequential=sequential, seed=self.options.seed, progress=progress
-        )
-
-    def perplexity(self, model: PreTrainedModel, what: str) -> dict[str, Any]:
-        def progress(done: int, total: int) -> None:
-            self.report(f"evaluate {what}", done, total)
-
-        text = open_text(self.options.eval_text)
-        found = perplexity(model, self.tokenizer, text, self.options.protocol, progress=progress)
-        return found.to_dict()
-
-    def text(self, model: PreTrainedModel) -> str | None:
-        if self.options.prompt is None:
-            return None
-        return sample(model, self.tokenizer, self.options.prompt, self.options.sample_tokens, self.options.seed)
 
 
 def run(
@@ -160,7 +78,7 @@ def run(
     book = StepBook.open(work, _fingerprint(options, recipe, blocks), resume, discard=overwrite)
     book.add_seconds_from(started)
     plan.save(work / "plan.json")
-    state = _Run(options, recipe, work, book, teacher, tokenizer, blocks, report, plan, found)
+    state = Run(options, recipe, work, book, teacher, tokenizer, blocks, report, plan, found)
     measured = _measure(state)
     student = load_model(work / "stages" / recipe.stages[-1].name, device=options.device)
     document = _finish(state, student, measured)
@@ -193,7 +111,7 @@ def _check_options(options: RunOptions) -> None:
             raise InputError(f"{name} is {value}; give at least 2, or leave it out.")
 
 
-def _measure(state: _Run) -> dict[str, Any]:
+def _measure(state: Run) -> dict[str, Any]:
     """All steps, each done once: teacher, the recipe, then its controls."""
     options, book, recipe = state.options, state.book, state.recipe
     teacher = book.step("teacher", lambda: _teacher(state))
@@ -227,7 +145,7 @@ def _fingerprint(options: RunOptions, recipe: Recipe, blocks: TokenBlocks) -> di
     return {**fields, "recipe": recipe.model_dump(mode="json"), "train_sha256": blocks.sha256}
 
 
-def _teacher(state: _Run) -> dict[str, Any]:
+def _teacher(state: Run) -> dict[str, Any]:
     found = state.perplexity(state.teacher, "the teacher")
     return {
         **cost(state.teacher).to_dict(),
@@ -237,7 +155,7 @@ def _teacher(state: _Run) -> dict[str, Any]:
     }
 
 
-def _unhealed(state: _Run) -> dict[str, Any]:
+def _unhealed(state: Run) -> dict[str, Any]:
     student = copy.deepcopy(state.teacher)
     for stage in state.plan.stages:
         state.fit(student, stage.rows)
@@ -245,7 +163,7 @@ def _unhealed(state: _Run) -> dict[str, Any]:
     return {"perplexity": found["perplexity"], "sample": state.text(student), **cost(student).to_dict()}
 
 
-def _dense_finetuned(state: _Run) -> dict[str, Any]:
+def _dense_finetuned(state: Run) -> dict[str, Any]:
     """The control every distillation result needs: the uncompressed model, same data, same tokens, CE only."""
     model = load_model(state.options.model, device=state.options.device)
     losses: list[dict[str, float]] = []
@@ -269,7 +187,7 @@ def _dense_finetuned(state: _Run) -> dict[str, Any]:
     }
 
 
-def _stages(state: _Run, recipe: Recipe, track: str) -> list[dict[str, Any]]:
+def _stages(state: Run, recipe: Recipe, track: str) -> list[dict[str, Any]]:
     """Run the stages of `recipe`; after each, its model stands in `<work>/<track>/<stage>`."""
     plan = state.plan if track == "stages" else planning.plan(state.teacher, recipe)
     done: list[dict[str, Any]] = []
@@ -287,7 +205,7 @@ def _stages(state: _Run, recipe: Recipe, track: str) -> list[dict[str, Any]]:
 
 
 def _stage(
-    state: _Run, stage: planning.PlanStage, source: str | Path, place: Path, read: int, last: bool
+    state: Run, stage: planning.PlanStage, source: str | Path, place: Path, read: int, last: bool
 ) -> dict[str, Any]:
     """Compress, heal, measure and save one stage; the last one, which is fitted no more, has its gathers absorbed.
 
@@ -331,7 +249,7 @@ def _trainer_of(place: Path) -> Path:
 
 
 def _heal(
-    state: _Run, student: PreTrainedModel, recipe: HealRecipe, what: str, trainer_dir: Path | None, read: int
+    state: Run, student: PreTrainedModel, recipe: HealRecipe, what: str, trainer_dir: Path | None, read: int
 ) -> HealResult:
     def progress(step: int, total: int, logs: dict[str, float] | None = None) -> None:
         loss = f" (loss {logs['loss']:.3f})" if logs and "loss" in logs else ""
@@ -350,7 +268,7 @@ def _heal(
     )
 
 
-def _finish(state: _Run, student: PreTrainedModel, measured: dict[str, Any]) -> dict[str, Any]:
+def _finish(state: Run, student: PreTrainedModel, measured: dict[str, Any]) -> dict[str, Any]:
     """Save the student as it will be loaded, measure exactly that, and write results.json."""
     options = state.options
     dtype = options.dtype or load_model(options.model, dtype="auto").dtype

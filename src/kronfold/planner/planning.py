@@ -133,6 +133,7 @@ def check_plan(made: Plan, model_or_config: PreTrainedModel | PretrainedConfig) 
 
 
 def name_of_tied_head(skeleton: PreTrainedModel) -> str | None:
+    """Dotted name of the LM head if it reads the token embedding, else None."""
     family = family_of(skeleton)
     return family.head if is_tied(skeleton, family) else None
 

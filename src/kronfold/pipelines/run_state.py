@@ -1,0 +1,100 @@
+"""What a run is asked for, and what it carries from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from kronfold.data.packing import TokenBlocks
+from kronfold.evaluate.perplexity import perplexity
+from kronfold.evaluate.samples import sample
+from kronfold.evaluate.texts import open_text
+from kronfold.pipelines.auto import fit_rows
+from kronfold.pipelines.calibration import Calibration
+from kronfold.pipelines.steps import StepBook
+from kronfold.planner.budget import Budget
+from kronfold.planner.plan import Plan, PlanRow
+from kronfold.planner.recipe import Recipe
+
+Control = Literal["dense", "plain"]
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What one run is made of; equal options and inputs give the same run, and only those may be resumed.
+
+    Attributes:
+        model: the teacher. recipe: name or YAML file. train_text, eval_text: text sources; they must not overlap.
+        heal_tokens: healing budget over all stages, None for the recipe's own.
+        calibration: texts to fit to; the recipe `auto` takes the training text when there are none, any other recipe
+            is then fitted to the weights alone. budget: for `auto`. cache: directory for statistics, None for none.
+        block_size: training window in tokens, None for the model's context (at most 1024).
+        protocol: of every perplexity. controls: "dense" fine-tunes the teacher on the same data, "plain" repeats the
+            recipe without permutations; equal tokens and seed. prompt: start of the text samples, None for no samples.
+        dtype: of the saved weights, None for the teacher's own.
+    """
+
+    model: str
+    recipe: str
+    train_text: str
+    eval_text: str
+    heal_tokens: int | None = None
+    calibration: Sequence[str] = ()
+    budget: Budget | None = None
+    cache: str | None = None
+    block_size: int | None = None
+    protocol: str = "sliding"
+    controls: Sequence[Control] = ("dense", "plain")
+    prompt: str | None = None
+    sample_tokens: int = 48
+    seed: int = 0
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    name: str | None = None
+    command: str = ""
+
+
+@dataclass
+class Run:
+    """One run in progress: the options, what was loaded, and the book of finished steps."""
+
+    options: RunOptions
+    recipe: Recipe
+    work: Path
+    book: StepBook
+    teacher: PreTrainedModel
+    tokenizer: Any
+    blocks: TokenBlocks
+    report: Report
+    plan: Plan
+    calibration: Calibration | None
+
+    def fit(self, student: PreTrainedModel, rows: list[PlanRow]) -> list[PlanRow]:
+        """Fit and place the rows of a stage, to data where the run has calibration text."""
+
+        def progress(name: str, done: int, total: int) -> None:
+            self.report(f"decompose {name}".strip(), done, total)
+
+        sequential = self.recipe.auto is None or self.recipe.auto.sequential
+        return fit_rows(
+            student, rows, self.calibration, sequential=sequential, seed=self.options.seed, progress=progress
+        )
+
+    def perplexity(self, model: PreTrainedModel, what: str) -> dict[str, Any]:
+        def progress(done: int, total: int) -> None:
+            self.report(f"evaluate {what}", done, total)
+
+        text = open_text(self.options.eval_text)
+        found = perplexity(model, self.tokenizer, text, self.options.protocol, progress=progress)
+        return found.to_dict()
+
+    def text(self, model: PreTrainedModel) -> str | None:
+        if self.options.prompt is None:
+            return None
+        return sample(model, self.tokenizer, self.options.prompt, self.options.sample_tokens, self.options.seed)
