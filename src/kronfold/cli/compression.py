@@ -78,8 +78,10 @@ def plan(
         raise typer.BadParameter("give a MODEL, or two saved plans: --diff A B", param_hint="MODEL")
     from kronfold.base.files import check_output, write_json
     from kronfold.models.load import load_config, load_model
+    from kronfold.models.recognised import recognised
     from kronfold.pipelines.calibration import cache_directory
     from kronfold.pipelines.checkpoint import make_plan
+    from kronfold.planner.planning import skeleton_of
     from kronfold.report.tables import plan_table
 
     t.prepare(seed=seed)
@@ -99,9 +101,12 @@ def plan(
             progress=_decomposing(report),
         )  # fmt: skip
     document = made.to_dict()
+    parts = recognised(skeleton_of(subject))
+    if parts.generic:
+        document["recognised"] = parts.to_dict()
     if output:
         write_json(output, document)
-    t.emit(document, json, plan_table(document))
+    t.emit(document, json, plan_table(document), *([parts.lines()] if parts.generic else []))
 
 
 def _diff(paths: tuple[str, str], json: bool) -> None:

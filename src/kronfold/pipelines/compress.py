@@ -142,6 +142,10 @@ def _calibration(
             "calibration= in Python). About 128 windows of 1,024 tokens are enough."
         )
     if not isinstance(text, Tensor) and tokenizer is None:
+        if not model.config.name_or_path:
+            raise InputError(
+                "This model does not say where its tokenizer is; pass tokenizer=, or token windows as text."
+            )
         tokenizer = load_tokenizer(model.config.name_or_path)
     sources = [text] if isinstance(text, str | Path) else text
     return calibrate_on(model, tokenizer, sources, settings, seed=seed, cache=cache, progress=progress)
