@@ -85,7 +85,9 @@ def test_plan_counts_what_is_held(teacher, students, tmp_path, name):
     saved = sum(row.teacher_parameters - row.held_parameters for row in made.rows)
     assert made.held_parameters == made.teacher.held_parameters - saved + untied
     for row in made.rows:
-        assert 0 <= row.relative_error <= row.relative_error_plain + 1e-12 < 1
+        plain = row.relative_error if row.relative_error_plain is None else row.relative_error_plain
+        assert 0 <= row.relative_error <= plain + 1e-12 < 1
+        assert (row.relative_error_plain is None) == (row.spec["structure"] != "kronecker")
         assert ("full rank" in name) == (row.relative_error < 1e-6)
 
 

@@ -48,7 +48,10 @@ def compress_stage(
             place_embedding(model, modules, view, row, fit)
         else:
             place_linear(modules, view, row, fit, _refitted_bias(view, fit, statistics))
-        done.append(replace(row, relative_error=fit.relative_error, relative_error_plain=plain_error))
+        plain = (
+            plain_error if row.spec["structure"] == "kronecker" else None
+        )  # others have no permutations to leave out
+        done.append(replace(row, relative_error=fit.relative_error, relative_error_plain=plain))
     if progress:
         progress("", len(rows), len(rows))
     replace_modules(model, modules)

@@ -103,6 +103,13 @@ def protocol_short(settings: Mapping[str, Any]) -> str:
     return protocol({key: settings[key] for key in ("name", "window", "stride") if key in settings})
 
 
+def shape(row: Mapping[str, Any]) -> str:
+    """What became of a matrix: a Kronecker spec in full, any other structure by its label, e.g. `rank 20 of 256`."""
+    if row["structure"] == "kronecker" or not row.get("label"):
+        return spec(row["spec"])
+    return f"{row['label']}, head {row['spec']['head']}" if row["spec"].get("head") else str(row["label"])
+
+
 def spec(settings: Mapping[str, Any]) -> str:
     """A spec for tables. Kronecker shapes read `4 × (192×384 ⊗ 4×2)`; any other spec lists its fields.
 

@@ -67,7 +67,7 @@ def render(results: Document) -> str:
     )
 
 
-_FILTERS = ("count", "perplexity", "share", "signed_percent", "error", "size", "duration", "spec")
+_FILTERS = ("count", "perplexity", "share", "signed_percent", "error", "size", "duration", "shape")
 
 
 def _script_json(document: Any) -> Markup:

@@ -107,7 +107,7 @@ def _matrices(results: Document) -> Table:
         row = matrix.row
         table.add_row(
             escape(matrix.label),
-            escape(f"{row['structure']} {numbers.spec(row['spec'])}"),
+            escape(f"{row['structure']} {numbers.shape(row)}"),
             numbers.count(row["held_parameters"]),
             numbers.error(row.get("relative_error")),
             numbers.error(row.get("relative_error_plain")),
