@@ -33,6 +33,8 @@ class Structure:
     fit: (weight (out, in), spec, seed, weighting or None) -> the solver's result (`relative_error`, `to_dense`).
     ask: (shape of the weight, what a recipe entry says) -> spec. Raises RecipeError or ShapeError.
     for_embedding: it replaces an embedding, not a linear layer.
+    sizes: (spec) -> the same structure and shape at every size it comes in, ascending by numbers held, below dense;
+        None for one that comes in one size only.
     """
 
     spec: Any = None
@@ -40,6 +42,7 @@ class Structure:
     fit: Callable[[Tensor, Any, int, Weighting | None], Any] | None = None
     ask: Callable[[Pair, Mapping[str, Any]], Any] | None = None
     for_embedding: bool = False
+    sizes: Callable[[Any], list[Any]] | None = None
 
     def read_spec(self, spec: Mapping[str, Any]) -> Any:
         """The typed spec from its dict form (keys `structure`, ...)."""
@@ -63,6 +66,31 @@ def ask_kronecker(shape: Pair, entry: Mapping[str, Any]) -> KroneckerSpec:
     permute = entry.get("permute", "both")
     flags = {"permute_in": permute in ("in", "both"), "permute_out": permute in ("out", "both")}
     return KroneckerSpec.for_weight(shape, entry["block"], entry.get("rank") or 1, **flags)
+
+
+def kronecker_sizes(spec: KroneckerSpec) -> list[KroneckerSpec]:
+    """All ranks that hold fewer numbers than the matrix."""
+    dense, term = spec.out_features * spec.in_features, spec.held_parameters // spec.rank
+    return [replace(spec, rank=rank) for rank in range(1, spec.max_rank + 1) if rank * term < dense]
+
+
+def low_rank_sizes(spec: LowRankSpec) -> list[LowRankSpec]:
+    """All ranks below the full one."""
+    return [replace(spec, rank=rank) for rank in range(1, max(2, min(spec.shape)))]
+
+
+def grouped_sizes(spec: GroupedEmbeddingSpec) -> list[GroupedEmbeddingSpec]:
+    """Every group at the same share of its rank, in steps of one rank of the largest."""
+    largest = max(spec.ranks)
+    shares = [rank / largest for rank in range(1, spec.embedding_dim)]
+    found = [
+        tuple(
+            max(1, min(round(rank * share), spec.embedding_dim, size))
+            for rank, size in zip(spec.ranks, spec.sizes, strict=True)
+        )
+        for share in shares
+    ]
+    return [replace(spec, ranks=ranks) for ranks in dict.fromkeys(found)]
 
 
 def ask_low_rank(shape: Pair, entry: Mapping[str, Any]) -> LowRankSpec:
@@ -130,14 +158,28 @@ def read_sum(terms: Sequence[Mapping[str, Any]]) -> SumSpec:
 
 
 STRUCTURES: Registry[Structure] = Registry("structure")
-STRUCTURES.register("kronecker", Structure(KroneckerSpec, KroneckerLinear, fit_kronecker, ask_kronecker))
 STRUCTURES.register(
-    "low_rank", Structure(LowRankSpec, LowRankLinear, lambda w, s, _seed, h: nearest_low_rank(w, s, h), ask_low_rank)
+    "kronecker", Structure(KroneckerSpec, KroneckerLinear, fit_kronecker, ask_kronecker, sizes=kronecker_sizes)
+)
+STRUCTURES.register(
+    "low_rank",
+    Structure(
+        LowRankSpec,
+        LowRankLinear,
+        lambda w, s, _seed, h: nearest_low_rank(w, s, h),
+        ask_low_rank,
+        sizes=low_rank_sizes,
+    ),
 )
 STRUCTURES.register(
     "grouped_embedding",
     Structure(
-        GroupedEmbeddingSpec, None, lambda w, s, _seed, h: grouped_embedding(w, s, h), ask_grouped, for_embedding=True
+        GroupedEmbeddingSpec,
+        None,
+        lambda w, s, _seed, h: grouped_embedding(w, s, h),
+        ask_grouped,
+        for_embedding=True,
+        sizes=grouped_sizes,
     ),
 )
 STRUCTURES.register("sum", Structure(read_sum, SumLinear, fit_sum, ask_sum))

@@ -33,6 +33,7 @@ from kronfold.pipelines.gathers import absorb_gathers
 from kronfold.pipelines.run_state import Control, Report, Run, RunOptions
 from kronfold.pipelines.steps import StepBook
 from kronfold.planner import planning
+from kronfold.planner.plan import Plan
 from kronfold.planner.recipe import HealRecipe, Recipe, load_recipe
 from kronfold.train.heal import HealResult
 
@@ -116,12 +117,12 @@ def _measure(state: Run) -> dict[str, Any]:
     options, book, recipe = state.options, state.book, state.recipe
     teacher = book.step("teacher", lambda: _teacher(state))
     unhealed = book.step("unhealed", lambda: _unhealed(state))
-    stages = _stages(state, recipe, "stages")
+    stages = run_stages(state, state.plan, "stages")
     controls: dict[str, Any] = {"compressed_unhealed": unhealed}
     if "dense" in options.controls:
         controls["dense_finetuned"] = book.step("dense_finetuned", lambda: _dense_finetuned(state))
     if "plain" in options.controls and recipe.auto is None:  # a planned recipe has no permutations to leave out
-        plain = _stages(state, recipe.without_permutations(), "plain")
+        plain = run_stages(state, planning.plan(state.teacher, recipe.without_permutations()), "plain")
         controls["plain_kronecker"] = {"held_parameters": plain[-1]["held_parameters"], "stages": plain}
     return {"teacher": teacher, "stages": stages, "controls": controls}
 
@@ -187,9 +188,8 @@ def _dense_finetuned(state: Run) -> dict[str, Any]:
     }
 
 
-def _stages(state: Run, recipe: Recipe, track: str) -> list[dict[str, Any]]:
-    """Run the stages of `recipe`; after each, its model stands in `<work>/<track>/<stage>`."""
-    plan = state.plan if track == "stages" else planning.plan(state.teacher, recipe)
+def run_stages(state: Run, plan: Plan, track: str) -> list[dict[str, Any]]:
+    """Carry out `plan` stage by stage, healing after each; then its model stands in `<work>/<track>/<stage>`."""
     done: list[dict[str, Any]] = []
     previous: str | Path = state.options.model
     for stage in plan.stages:
@@ -216,14 +216,14 @@ def _stage(
     rows = state.fit(student, stage.rows)
     gathers = {"gathers": absorb_gathers(student)} if last else {}
     decomposed = time.monotonic() - started
-    before = state.perplexity(student, f"{stage.name}, before healing")
+    before = _stage_perplexity(state, student, f"{stage.name}, before healing")
     entry: dict[str, Any] = {
         "name": stage.name,
         "rows": [row.to_dict() for row in rows],
         **gathers,
         "held_parameters": cost(student).held_parameters,
-        "before_healing": before["perplexity"],
-        "after_healing": before["perplexity"],
+        "before_healing": before,
+        "after_healing": before,
         "decompose_seconds": round(decomposed, 2),
         "tokens": 0,
         "seconds": 0.0,
@@ -231,9 +231,8 @@ def _stage(
     }
     if stage.heal:
         healed = _heal(state, student, stage.heal, f"heal {stage.name}", _trainer_of(place), read)
-        after = state.perplexity(student, f"{stage.name}, healed")
         entry.update(
-            after_healing=after["perplexity"],
+            after_healing=_stage_perplexity(state, student, f"{stage.name}, healed"),
             tokens=healed.tokens,
             seconds=healed.seconds,
             losses=healed.losses,
@@ -241,6 +240,10 @@ def _stage(
     entry["sample"] = state.text(student)
     write_model(student, state.tokenizer, place)
     return entry
+
+
+def _stage_perplexity(state: Run, student: PreTrainedModel, what: str) -> float | None:
+    return state.perplexity(student, what)["perplexity"] if state.measures_stages else None
 
 
 def _trainer_of(place: Path) -> Path:

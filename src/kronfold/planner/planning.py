@@ -121,6 +121,11 @@ def spec_of(row: PlanRow) -> Any:
 
 def check_plan(made: Plan, model_or_config: PreTrainedModel | PretrainedConfig) -> Cost:
     """What a (perhaps edited) plan makes of a model, counted anew. Raises RecipeError when it does not fit."""
+    return recount(made, model_or_config)[0]
+
+
+def recount(made: Plan, model_or_config: PreTrainedModel | PretrainedConfig) -> tuple[Cost, dict[str, Any]]:
+    """Cost and gathers of a (perhaps edited) plan. Raises RecipeError when it does not fit the model."""
     skeleton = skeleton_of(model_or_config)
     head = name_of_tied_head(skeleton)
     specs: Mapping[str, Any] = read_specs(skeleton)
@@ -129,7 +134,7 @@ def check_plan(made: Plan, model_or_config: PreTrainedModel | PretrainedConfig) 
         check_rows(views, stage.rows)
         specs = specs_after(views, stage.rows, specs, head)
         skeleton = skeleton_of(model_or_config, specs)
-    return cost_absorbed(skeleton)[0]
+    return cost_absorbed(skeleton)
 
 
 def name_of_tied_head(skeleton: PreTrainedModel) -> str | None:

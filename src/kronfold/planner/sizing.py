@@ -1,0 +1,164 @@
+"""Bring a recipe to a size: the same structures at the same places, more or fewer numbers in them.
+
+A comparison is fair at equal held parameters, and every recipe comes in a size of its own. What may be turned:
+
+1. ranks, all by one factor, so that the recipe keeps its proportions; what is left of the budget then raises single
+   matrices by one step, in order;
+2. where the ranks are at their highest and the model is still too small, matrices stay dense, the last ones first.
+
+What a recipe leaves alone stays alone, so some sizes cannot be reached; the note says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from kronfold.models.structures import STRUCTURES
+from kronfold.planner import planning
+from kronfold.planner.plan import Plan, PlanRow, PlanStage
+from kronfold.planner.recipe import Recipe
+
+TOLERANCE = 0.005  # of the size asked for
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A plan at (or as near as it gets to) a size.
+
+    Attributes:
+        own: held parameters of the recipe as it is written.
+        reached: the plan holds the size asked for within the tolerance, never above it by more.
+        note: what was turned, or why the size is out of reach.
+    """
+
+    plan: Plan
+    own: int
+    reached: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class _Dial:
+    """One row and what it may become instead, ascending by numbers held; the last is None where it may stay dense."""
+
+    row: PlanRow
+    choices: list[PlanRow | None]
+
+    def numbers(self, index: int) -> int:
+        choice = self.choices[index]
+        return self.row.teacher_parameters if choice is None else choice.held_parameters
+
+    @property
+    def top(self) -> int:
+        """Index of the largest structured choice."""
+        return len(self.choices) - 1 - (self.choices[-1] is None)
+
+    def below(self, numbers: float) -> int:
+        """The largest structured choice that holds at most `numbers`, else the smallest."""
+        return max((i for i in range(self.top + 1) if self.numbers(i) <= numbers), default=0)
+
+
+def plan_at_size(
+    model_or_config: PreTrainedModel | PretrainedConfig,
+    recipe: str | Recipe,
+    amount: float,
+    *,
+    tolerance: float = TOLERANCE,
+) -> Sized:
+    """The plan of `recipe` brought to `amount` held parameters.
+
+    Args:
+        tolerance: share of `amount` by which the plan may differ.
+
+    Raises RecipeError when the recipe does not fit the model, whatever its size.
+    """
+    written = planning.plan(model_or_config, recipe)
+    own = written.held_parameters
+    if abs(own - amount) <= tolerance * amount:
+        return Sized(written, own, True, "its own size")
+    dials = _dials(written)
+    chosen, note = _turned(dials, own - sum(dial.row.held_parameters for dial in dials), amount)
+    made = _with_choices(written, dials, chosen)
+    made.cost, made.gathers = planning.recount(made, model_or_config)
+    reached = abs(made.held_parameters - amount) <= tolerance * amount
+    if not reached:
+        note = f"{amount:,.0f} is out of reach: {note} ({made.held_parameters:,})"
+    return Sized(made, own, reached, note)
+
+
+def _dials(plan: Plan) -> list[_Dial]:
+    rows = plan.rows
+    last = {row.name: i for i, row in enumerate(rows)}  # a factor that a later row factors again cannot stay dense
+    return [_Dial(row, [*_sizes(row), *([None] if last[row.name] == i else [])]) for i, row in enumerate(rows)]
+
+
+def _sizes(row: PlanRow) -> list[PlanRow]:
+    """The row at every size its structure comes in, ascending."""
+    sizes: Callable[[Any], list[Any]] | None = STRUCTURES.get(row.spec["structure"]).sizes
+    if sizes is None:
+        return [row]
+    kept = {key: row.spec[key] for key in ("structure", "head") if key in row.spec}
+    return [
+        replace(row, spec={**spec.to_dict(), **kept}, label=spec.label(), held_parameters=spec.held_parameters)
+        for spec in sizes(planning.spec_of(row))
+        if spec.held_parameters < row.teacher_parameters
+    ] or [row]
+
+
+def _turned(dials: Sequence[_Dial], outside: int, amount: float) -> tuple[list[int], str]:
+    """A choice per dial, and what was turned. `outside`: numbers the model holds apart from the rows as written."""
+    shift = outside - amount  # rows may hold -shift numbers in all
+
+    def excess(chosen: Sequence[int]) -> float:
+        return shift + sum(dial.numbers(i) for dial, i in zip(dials, chosen, strict=True))
+
+    def scaled(factor: float) -> list[int]:
+        return [dial.below(factor * dial.row.held_parameters) for dial in dials]
+
+    lowest = [0] * len(dials)
+    if excess(lowest) > 0:
+        return lowest, "its matrices are at their smallest and the rest of the model stays as it is"
+    low, high = 0.0, 1.0
+    while excess(scaled(high)) <= 0 and any(i < dial.top for dial, i in zip(dials, scaled(high), strict=True)):
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(scaled(middle)) <= 0 else (low, middle)
+    chosen = scaled(high) if excess(scaled(high)) <= 0 else scaled(low)
+    _raise(dials, chosen, excess, [dial.top for dial in dials])
+    if all(i == dial.top for dial, i in zip(dials, chosen, strict=True)):
+        _raise(dials, chosen, excess, [len(dial.choices) - 1 for dial in dials])
+    dense = sum(dial.choices[i] is None for dial, i in zip(dials, chosen, strict=True))
+    if dense:
+        return chosen, f"{dense} of its {len(dials)} matrices left dense"
+    own = sum(dial.row.held_parameters for dial in dials)
+    now = sum(dial.numbers(i) for dial, i in zip(dials, chosen, strict=True))
+    return chosen, f"ranks changed: its matrices hold {now / own:.2f} x as many numbers as written"
+
+
+def _raise(
+    dials: Sequence[_Dial], chosen: list[int], excess: Callable[[Sequence[int]], float], tops: Sequence[int]
+) -> None:
+    """Raise single dials by one step, the last first, as long as the size allows; in place."""
+    room, moved = -excess(chosen), True
+    while moved:
+        moved = False
+        for i in reversed(range(len(dials))):
+            if chosen[i] >= tops[i]:
+                continue
+            step = dials[i].numbers(chosen[i] + 1) - dials[i].numbers(chosen[i])
+            if step <= room:
+                chosen[i], room, moved = chosen[i] + 1, room - step, True
+
+
+def _with_choices(plan: Plan, dials: Sequence[_Dial], chosen: Sequence[int]) -> Plan:
+    rows = iter([dial.choices[i] for dial, i in zip(dials, chosen, strict=True)])
+    stages = []
+    for stage in plan.stages:
+        made = [next(rows) for _ in stage.rows]
+        stages.append(PlanStage(stage.name, [row for row in made if row is not None], stage.heal))
+    return replace(plan, stages=stages)
