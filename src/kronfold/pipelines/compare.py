@@ -164,10 +164,10 @@ def compare(
     context = getattr(teacher.config, "max_position_embeddings", 1024)
     size = min(options.block_size or 1024, context)
     blocks = pack(documents(options.train_text), tokenizer, size, max_tokens=options.heal_tokens)
-    for source in options.eval_texts.values():
+    for source in [*options.eval_texts.values(), *([options.lambada] if options.lambada else [])]:
         next(iter(documents(source)))  # an unreadable text must not surface after hours
-    book = StepBook.open(output, _fingerprint(options, blocks), resume, discard=overwrite)
     found = _calibrate(options, recipes, teacher, tokenizer, report)
+    book = StepBook.open(output, _fingerprint(options, blocks), resume, discard=overwrite)
     state = _Comparison(options, output, book, teacher, tokenizer, blocks, found, report)
     document: dict[str, Any] = {}
     for document in _documents(state, recipes, amount):
