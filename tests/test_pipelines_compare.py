@@ -106,7 +106,9 @@ def test_a_stopped_comparison_goes_on_and_grows(finished, options, tmp_path, mon
         compare(options, place)
     carried_out = []
     stages = room.run_stages
-    monkeypatch.setattr(room, "run_stages", lambda run, *rest: carried_out.append(run.recipe.name) or stages(run, *rest))
+    monkeypatch.setattr(
+        room, "run_stages", lambda run, *rest: carried_out.append(run.recipe.name) or stages(run, *rest)
+    )
     fits = []
     monkeypatch.setattr(room, "_before", lambda *a: fits.append(a[-1]) or {"perplexity": 1.0, "seconds": 0.0})
     document = compare(options, place, resume=True)

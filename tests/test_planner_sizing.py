@@ -90,3 +90,16 @@ def test_a_factor_that_is_factored_again_never_stays_dense(model):
     whole = sum(p.numel() for p in model.parameters())
     plan = plan_at_size(model, "tqcompressor", 0.97 * whole).plan
     assert "transformer.wte" in [row.name for row in plan.stages[0].rows]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.62, 0.8, 0.95])
+def test_truncation_keeps_the_number_of_blocks_that_lands_nearest(share):
+    model = pico.gpt2(n_layer=6)
+    whole = sum(p.numel() for p in model.parameters())
+    block = sum(p.numel() for p in model.transformer.h[0].parameters())
+    sized = plan_at_size(model, "short-study-alt", share * whole)
+    held = {count: whole - (6 - count) * block for count in range(1, 7)}
+    nearest = min(held, key=lambda count: abs(held[count] - share * whole))
+    assert len(sized.plan.layers.kept) == nearest
+    assert sized.plan.held_parameters == held[nearest]
+    assert f"{nearest} of 6 blocks kept" in sized.note

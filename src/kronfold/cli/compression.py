@@ -271,7 +271,7 @@ def _run(
     check_output(output, overwrite)
     from kronfold.models.load import read_dtype
     from kronfold.pipelines.progressive import RunOptions
-    from kronfold.pipelines.progressive import run as run_stages
+    from kronfold.pipelines.progressive import run as run_recipe
     from kronfold.report.page import write_report
     from kronfold.report.tables import run_summary
 
@@ -282,7 +282,7 @@ def _run(
         "command": shlex.join(["kronfold", *sys.argv[1:]]),
     }
     with t.progress_bar() as report:
-        document = run_stages(
+        document = run_recipe(
             RunOptions(**options), output, resume=resume, overwrite=overwrite, report=report,
             finish=lambda found, place: write_report(found, place / "report.html"),
         )  # fmt: skip

@@ -101,7 +101,7 @@ def fit_rows(
     `sequential`: fit each layer to what the compressed layers before it produce; else to the dense model's inputs.
     Returns the rows with their errors.
     """
-    if calibration is None:
+    if calibration is None or not rows:
         return compress_stage(model, rows, seed=seed, progress=progress)
     if sequential:
         return compress_sequentially(

@@ -27,7 +27,7 @@ from kronfold.models.surgery import read_specs
 from kronfold.pipelines.auto import calibrate_on, fit_rows, settings_of
 from kronfold.pipelines.compress import plan
 from kronfold.pipelines.gathers import absorb_gathers
-from kronfold.pipelines.stage import Progress
+from kronfold.pipelines.stage import Progress, keep_layers
 from kronfold.planner import planning
 from kronfold.planner.budget import Budget
 from kronfold.planner.plan import Plan
@@ -67,24 +67,30 @@ def compress_to(
     tokenizer = load_tokenizer(model)
     started, before, stages = time.monotonic(), cost(teacher), []
     settings = settings_of(None if made else recipe, changes)
-    found = None
+    found, recipe_used = None, _changed(recipe, settings)
+    if made is None and recipe_used.auto is None:
+        made = plan(teacher, recipe_used, budget=budget, errors=False, seed=seed)
+    if made:
+        planning.check_plan(made, teacher)
+    student = keep_layers(teacher, made.layers if made else None)
     if calibration:
-        found = calibrate_on(teacher, tokenizer, calibration, settings, seed=seed, cache=cache, progress=progress)
-    recipe_used = _changed(recipe, settings)
-    made = made or plan(teacher, recipe_used, found, budget=budget, errors=False, seed=seed, progress=progress)
-    planning.check_plan(made, teacher)
+        found = calibrate_on(student, tokenizer, calibration, settings, seed=seed, cache=cache, progress=progress)
+    if made is None:
+        made = plan(student, recipe_used, found, budget=budget, errors=False, seed=seed, progress=progress)
+        planning.check_plan(made, student)
     planned = time.monotonic() - started
     for stage in made.stages:
-        stage.rows = fit_rows(teacher, stage.rows, found, sequential=settings.sequential, seed=seed, progress=progress)
+        stage.rows = fit_rows(student, stage.rows, found, sequential=settings.sequential, seed=seed, progress=progress)
         stages.append({"name": stage.name, "rows": [row.to_dict() for row in stage.rows]})
-    gathers = absorb_gathers(teacher)
+    gathers = absorb_gathers(student)
     document = results.document(
         "compress",
         seed,
         model=model,
         recipe={"name": made.recipe, "description": made.description},
         teacher=before.to_dict(),
-        **cost(teacher).to_dict(),
+        **cost(student).to_dict(),
+        **({"layers": made.layers.to_dict()} if made.layers else {}),
         gathers=gathers,
         stages=stages,
         budget=made.budget,
@@ -92,7 +98,7 @@ def compress_to(
         plan_seconds=round(planned, 2),
         decompose_seconds=round(time.monotonic() - started - planned, 2),
     )
-    save_checkpoint(teacher, tokenizer, model, output, document, saved_dtype, overwrite)
+    save_checkpoint(student, tokenizer, model, output, document, saved_dtype, overwrite)
     return document
 
 

@@ -113,11 +113,25 @@ class AutoRecipe(_Strict):
 
 
 class StageRecipe(_Strict):
-    """One step of the progressive pipeline. `compress` stays empty in a recipe that the planner fills in."""
+    """One step of the progressive pipeline. `compress` stays empty in a recipe that the planner fills in.
+
+    Attributes:
+        layers: the blocks to keep, before anything is compressed: a strategy (`models.truncate.STRATEGIES`) or a list
+            of 0-based indices; the first stage only. From there on, blocks are counted in the truncated model.
+        layer_count: how many blocks a named strategy keeps; None: half of them, of 3l a quarter.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    layers: str | list[int] | None = None
+    layer_count: int | None = Field(None, ge=1)
     compress: list[CompressRecipe] = []
     heal: HealRecipe | None = None
+
+    @model_validator(mode="after")
+    def _count_of_a_strategy(self) -> StageRecipe:
+        if self.layer_count is not None and not isinstance(self.layers, str):
+            raise ValueError("layer_count says how many blocks a strategy keeps; give `layers: alt` (or another) too")
+        return self
 
 
 class Recipe(_Strict):
@@ -133,10 +147,13 @@ class Recipe(_Strict):
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stage names must differ, found {names}")
-        if self.auto and (len(self.stages) > 1 or self.stages[0].compress):
-            raise ValueError("with auto there must be one stage, without compress entries")
-        if not self.auto and not all(stage.compress for stage in self.stages):
-            raise ValueError("every stage needs compress entries, or the recipe an auto entry")
+        first, *later = self.stages
+        if self.auto and (later or first.compress or first.layers is not None):
+            raise ValueError("with auto there must be one stage, without compress entries or layers")
+        if any(stage.layers is not None for stage in later):
+            raise ValueError("layers belong to the first stage; a later one works on the blocks that are left")
+        if not self.auto and not all(stage.compress or stage.layers is not None for stage in self.stages):
+            raise ValueError("every stage needs compress entries (the first: or layers), or the recipe an auto entry")
         return self
 
     def with_heal_tokens(self, total: int | None) -> Recipe:

@@ -2,9 +2,10 @@
 
 A comparison is fair at equal held parameters, and every recipe comes in a size of its own. What may be turned:
 
-1. ranks, all by one factor, so that the recipe keeps its proportions; what is left of the budget then raises single
+1. a truncation that names a strategy: how many blocks it keeps;
+2. ranks, all by one factor, so that the recipe keeps its proportions; what is left of the budget then raises single
    matrices by one step, in order;
-2. where the ranks are at their highest and the model is still too small, matrices stay dense, the last ones first.
+3. where the ranks are at their highest and the model is still too small, matrices stay dense, the last ones first.
 
 What a recipe leaves alone stays alone, so some sizes cannot be reached; the note says why.
 """
@@ -19,8 +20,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from kronfold.models.structures import STRUCTURES
 from kronfold.planner import planning
-from kronfold.planner.plan import Plan, PlanRow, PlanStage
-from kronfold.planner.recipe import Recipe
+from kronfold.planner.plan import Plan, PlanRow
+from kronfold.planner.recipe import Recipe, load_recipe
 
 TOLERANCE = 0.005  # of the size asked for
 
@@ -76,10 +77,13 @@ def plan_at_size(
 
     Raises RecipeError when the recipe does not fit the model, whatever its size.
     """
+    recipe = load_recipe(recipe)
     written = planning.plan(model_or_config, recipe)
     own = written.held_parameters
     if abs(own - amount) <= tolerance * amount:
         return Sized(written, own, True, "its own size")
+    if not written.rows:
+        return _truncated(model_or_config, recipe, written, amount, tolerance)
     dials = _dials(written)
     chosen, note = _turned(dials, own - sum(dial.row.held_parameters for dial in dials), amount)
     made = _with_choices(written, dials, chosen)
@@ -88,6 +92,28 @@ def plan_at_size(
     if not reached:
         note = f"{amount:,.0f} is out of reach: {note} ({made.held_parameters:,})"
     return Sized(made, own, reached, note)
+
+
+def _truncated(
+    model_or_config: PreTrainedModel | PretrainedConfig, recipe: Recipe, written: Plan, amount: float, tolerance: float
+) -> Sized:
+    """Truncation alone comes in whole blocks: the count that lands nearest to the size."""
+    own, first, layers = written.held_parameters, recipe.stages[0], written.layers
+    assert layers is not None  # a plan without rows drops blocks
+    plans = [written]
+    if isinstance(first.layers, str):
+        stages = [
+            [first.model_copy(update={"layer_count": count}), *recipe.stages[1:]]
+            for count in range(1, layers.depth + 1)
+        ]
+        plans = [planning.plan(model_or_config, recipe.model_copy(update={"stages": entry})) for entry in stages]
+    made = min(plans, key=lambda plan: abs(plan.held_parameters - amount))
+    assert made.layers is not None
+    note = f"{len(made.layers.kept)} of {layers.depth} blocks kept"
+    if abs(made.held_parameters - amount) <= tolerance * amount:
+        return Sized(made, own, True, note)
+    step = "" if len(plans) == 1 else f", a block holds {plans[-1].held_parameters - plans[-2].held_parameters:,}"
+    return Sized(made, own, False, f"{amount:,.0f} is out of reach: {note}{step} ({made.held_parameters:,})")
 
 
 def _dials(plan: Plan) -> list[_Dial]:
@@ -160,5 +186,5 @@ def _with_choices(plan: Plan, dials: Sequence[_Dial], chosen: Sequence[int]) -> 
     stages = []
     for stage in plan.stages:
         made = [next(rows) for _ in stage.rows]
-        stages.append(PlanStage(stage.name, [row for row in made if row is not None], stage.heal))
+        stages.append(replace(stage, rows=[row for row in made if row is not None]))
     return replace(plan, stages=stages)

@@ -200,6 +200,7 @@ def _facts(results: Document) -> list[tuple[str, str]]:
             "Recipe",
             ": ".join(filter(None, (results["recipe"].get("name"), results["recipe"].get("description")))),
         ),
+        *(("Blocks kept", numbers.kept_layers(stage["layers"])) for stage in results["stages"] if stage.get("layers")),
         ("Perplexity protocol", numbers.protocol(results["protocol"])),
     ]
     for name, key in (("Healing text", "heal"), ("Evaluation text", "eval")):
