@@ -23,13 +23,10 @@ from kronfold.planner.sizing import TOLERANCE
 from kronfold.report.comparison import columns, compared, markdown
 from kronfold.report.comparison_page import render_comparison, write_comparison
 
-TOKENS = 2048
-LOW_RANK = {
-    "name": "low-rank",
-    "stages": [{"name": "all", "compress": [
-        {"modules": ["role:mlp_in", "role:mlp_out", "role:attention_in", "role:embedding"], "structure": "low_rank", "ratio": 0.5}
-    ]}],
-}  # fmt: skip
+TOKENS = 3 * 2048
+ROLES = ["role:mlp_in", "role:mlp_out", "role:attention_in", "role:embedding"]
+ENTRY = {"modules": ROLES, "structure": "low_rank", "ratio": 0.5}
+LOW_RANK = {"name": "low-rank", "stages": [{"name": "all", "compress": [ENTRY]}]}
 
 
 @pytest.fixture(scope="module")

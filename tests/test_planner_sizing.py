@@ -1,4 +1,4 @@
-"""Recipes brought to a size: exact counts, nothing left that would still fit, and honest notes where it cannot be done."""
+"""Recipes brought to a size: exact counts, nothing left that would still fit, honest notes where it cannot be done."""
 
 from __future__ import annotations
 

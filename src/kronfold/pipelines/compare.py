@@ -33,7 +33,7 @@ from kronfold.pipelines.compare_rows import Objective, Row, check_rows, row_of, 
 from kronfold.pipelines.gathers import absorb_gathers
 from kronfold.pipelines.progressive import run_stages
 from kronfold.pipelines.run_state import Report, Run, RunOptions
-from kronfold.pipelines.stage import begin_stage
+from kronfold.pipelines.stage import keep_layers
 from kronfold.pipelines.steps import StepBook
 from kronfold.planner.budget import Budget
 from kronfold.planner.recipe import HealRecipe, Recipe, load_recipe
@@ -231,7 +231,7 @@ def _before(state: _Comparison, run: Run, name: str) -> dict[str, Any]:
     student = load_model(state.options.model, device=state.options.device)
     started = time.monotonic()
     for stage in run.plan.stages:
-        student = begin_stage(student, stage)
+        student = keep_layers(student, stage.layers)
         run.fit(student, stage.rows)
     absorb_gathers(student)
     seconds = round(time.monotonic() - started, 2)

@@ -106,10 +106,12 @@ def notes(document: Document) -> list[str]:
     rows = compared(document)
     tokens = max((row.entry.get("heal_tokens") or 0 for row in rows), default=0)
     target = document.get("target")
-    size = f"Size asked for: {numbers.count(target['held_parameters'])} held parameters ({target['ratio']:.0%}). "
+    size = "Every recipe at its own size. "
+    if target:
+        size = f"Size asked for: {numbers.count(target['held_parameters'])} held parameters ({target['ratio']:.0%}). "
     own = "each its own" if document["objective"] == "own" else "the same for all"
     lines = [
-        f"{size if target else 'Every recipe at its own size. '}Healing: {numbers.count(tokens)} tokens each, seed "
+        f"{size}Healing: {numbers.count(tokens)} tokens each, seed "
         f"{document['seed']}, objective {own}. Perplexity: {numbers.protocol(document['protocol'])}. "
         "Generation: tokens per second over the teacher's, greedy, batch 1, measured beside it."
     ]
