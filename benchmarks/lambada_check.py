@@ -4,7 +4,8 @@
 
 lm-eval runs its own `lambada_openai` from a task file of the same words that reads the passages from disk. A small
 model guesses hardly a last word, so a second set puts the model's own greedy next words at the end of every other
-passage: there accuracy says something too. Exits with 1 when a difference reaches 1e-3 (of accuracies, of
+passage: there accuracy says something too. A third joins passages by fours, so that they outgrow a short context and
+are cut. Exits with 1 when a difference reaches 1e-3 (of accuracies, of
 perplexities relative to their size, of single log likelihoods in nats).
 """
 
@@ -113,6 +114,9 @@ def main() -> None:
     sets = {
         "first passages": compare(passages, model, tokenizer),
         "half with the model's own endings": compare(with_own_endings(passages, model, tokenizer), model, tokenizer),
+        "joined by fours": compare(
+            [" ".join(passages[i : i + 4]) for i in range(0, len(passages), 4)], model, tokenizer
+        ),
     }
     largest = max(value for found in sets.values() for value in found["differences"].values())
     document = {
