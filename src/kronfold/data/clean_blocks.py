@@ -27,7 +27,6 @@ from loguru import logger
 if "SLURM_ARRAY_TASK_ID" not in os.environ:
     logger.disable("datatrove")  # here and in worker processes: its log lines would drown ours; faults still raise
 
-_WORD = re.compile(r"\w+(?:['’\-]\w+)*|[^\w\s]")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
 _MAYBE_TAG = re.compile(r"<[a-zA-Z/!]")
@@ -44,10 +43,13 @@ HTML_ELEMENTS = frozenset(_ELEMENTS.split())
 
 
 class Words(WordTokenizer):
-    """Words and single punctuation marks by one pattern; datatrove's default for English would need spaCy."""
+    """Space-separated words. datatrove's default for English needs spaCy and takes punctuation marks for words.
+
+    With marks as words, Gopher's rule that 80 % of the words hold a letter dropped 650 of 1,018 sections of WikiText-2.
+    """
 
     def word_tokenize(self, text: str) -> list[str]:
-        return _WORD.findall(text)
+        return text.split()
 
     def sent_tokenize(self, text: str) -> list[str]:
         return [piece for piece in _SENTENCE_END.split(text) if piece.strip()]
