@@ -132,6 +132,19 @@ def compress(
     target_bytes: t.TargetBytes = None,
     structures: t.Structures = None,
     calibration_windows: t.CalibrationWindows = None,
+    sequential: Annotated[
+        bool | None,
+        typer.Option(
+            "--sequential/--together",
+            help="Fit each layer to what the compressed ones before it give (slower, better where much is cut), or all "
+            "to the dense model; default: as the recipe says.",
+            show_default=False,
+        ),
+    ] = None,
+    adapt: Annotated[
+        bool | None,
+        typer.Option("--adapt", help="In sequence, also refit the layers that stay dense.", show_default=False),
+    ] = None,
     cache: t.Cache = True,
     seed: t.Seed = 0,
     dtype: t.Dtype = None,
@@ -149,7 +162,7 @@ def compress(
         document = compress_to(
             t.resolve_model(model), output, recipe, plan, texts,
             t.budget(target_params, target_ratio, target_macs, target_bytes),
-            changes=t.planner_changes(calibration_windows, structures),
+            changes=t.planner_changes(calibration_windows, structures, sequential, adapt),
             cache=cache_directory() if cache else None, seed=seed, dtype=dtype, overwrite=overwrite,
             progress=_decomposing(report),
         )  # fmt: skip

@@ -179,9 +179,16 @@ def calibration_or_own(texts: list[str] | None) -> list[str]:
     return [str(assets.heal_text())]
 
 
-def planner_changes(windows: int | None, structures: str | None) -> dict[str, Any]:
-    """Fields of a recipe's `auto` entry that the command changes."""
-    changes = {"windows": windows, "structures": structures.split(",") if structures else None}
+def planner_changes(
+    windows: int | None, structures: str | None, sequential: bool | None = None, adapt: bool | None = None
+) -> dict[str, Any]:
+    """Fields of a recipe's `auto` entry that the command changes; adapting is done in sequence."""
+    changes = {
+        "windows": windows,
+        "structures": structures.split(",") if structures else None,
+        "sequential": True if adapt and sequential is None else sequential,
+        "adapt": adapt,
+    }
     return {key: value for key, value in changes.items() if value is not None}
 
 

@@ -80,7 +80,10 @@ def compress_to(
         planning.check_plan(made, student)
     planned = time.monotonic() - started
     for stage in made.stages:
-        stage.rows = fit_rows(student, stage.rows, found, sequential=settings.sequential, seed=seed, progress=progress)
+        stage.rows = fit_rows(
+            student, stage.rows, found,
+            sequential=settings.sequential, adapt=settings.adapt, seed=seed, progress=progress,
+        )  # fmt: skip
         stages.append({"name": stage.name, "rows": [row.to_dict() for row in stage.rows]})
     gathers = absorb_gathers(student)
     document = results.document(

@@ -122,7 +122,10 @@ def compress(
     if calibration is not None and not planned:
         found = _calibration(student, calibration, settings, tokenizer, seed, cache, progress)
     for stage in made.stages:
-        fit_rows(student, stage.rows, found, sequential=settings.sequential, seed=seed, progress=progress)
+        fit_rows(
+            student, stage.rows, found,
+            sequential=settings.sequential, adapt=settings.adapt, seed=seed, progress=progress,
+        )  # fmt: skip
     absorb_gathers(student)
     return student
 

@@ -86,9 +86,15 @@ class Run:
         def progress(name: str, done: int, total: int) -> None:
             self.report(f"decompose {name}".strip(), done, total)
 
-        sequential = self.recipe.auto is None or self.recipe.auto.sequential
+        auto = self.recipe.auto
         return fit_rows(
-            student, rows, self.calibration, sequential=sequential, seed=self.options.seed, progress=progress
+            student,
+            rows,
+            self.calibration,
+            sequential=auto is None or auto.sequential,
+            adapt=auto is not None and auto.adapt,
+            seed=self.options.seed,
+            progress=progress,
         )
 
     def perplexity(self, model: PreTrainedModel, what: str) -> dict[str, Any]:

@@ -118,6 +118,7 @@ class AutoRecipe(_Strict):
         windows: calibration windows the layers are fitted on. window: their length in tokens (at most the context).
         gradient_windows: how many of them are also run backwards, for the sensitivities.
         sequential: fit each layer to the inputs that the compressed layers before it produce.
+        adapt: with sequential, also refit the layers of the blocks that stay dense to the inputs they now see.
     """
 
     target_ratio: float = Field(0.65, gt=0, lt=1)
@@ -126,6 +127,13 @@ class AutoRecipe(_Strict):
     window: int = Field(1024, gt=1)
     gradient_windows: int = Field(16, gt=0)
     sequential: bool = False
+    adapt: bool = False
+
+    @model_validator(mode="after")
+    def _adapts_in_sequence(self) -> AutoRecipe:
+        if self.adapt and not self.sequential:
+            raise ValueError("adapt refits layers to what the compressed ones before them give: set sequential too")
+        return self
 
 
 class StageRecipe(_Strict):

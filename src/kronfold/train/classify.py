@@ -54,7 +54,9 @@ class FineTuneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        bad = [f"{name}={getattr(self, name)} (at least 1)" for name in ("epochs", "batch_size") if getattr(self, name) < 1]
+        bad = [
+            f"{name}={getattr(self, name)} (at least 1)" for name in ("epochs", "batch_size") if getattr(self, name) < 1
+        ]
         if not 0 < self.learning_rate < 1:
             bad.append(f"learning_rate={self.learning_rate} (between 0 and 1; 5e-5 is usual)")
         if not 0 <= self.warmup < 1:
