@@ -7,7 +7,7 @@ may name; only entries with a `fit` can be asked for in a recipe.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -18,8 +18,10 @@ from kronfold.base.specs import GroupedEmbeddingSpec, KroneckerSpec, LowRankSpec
 from kronfold.decompose.fit import Fit
 from kronfold.decompose.grouped_embedding import grouped_embedding
 from kronfold.decompose.low_rank import nearest_low_rank
+from kronfold.decompose.modified_van_loan import with_equal_entries
 from kronfold.decompose.nearest import nearest_kronecker
 from kronfold.decompose.permute import permuted_kronecker
+from kronfold.decompose.pruned_kronecker import pruned_kronecker
 from kronfold.decompose.sum_fit import FitTerm, SumFit, sum_fit
 from kronfold.decompose.weighting import Weighting
 from kronfold.nn import KroneckerLinear, LowRankLinear, SumLinear
@@ -33,6 +35,7 @@ class Structure:
     fit: (weight (out, in), spec, seed, weighting or None) -> the solver's result (`relative_error`, `to_dense`).
     ask: (shape of the weight, what a recipe entry says) -> spec. Raises RecipeError or ShapeError.
     for_embedding: it replaces an embedding, not a linear layer.
+    inits: what a recipe entry may name as `init` in place of `fit` -> a solver like `fit`.
     """
 
     spec: Any = None
@@ -40,6 +43,7 @@ class Structure:
     fit: Callable[[Tensor, Any, int, Weighting | None], Any] | None = None
     ask: Callable[[Pair, Mapping[str, Any]], Any] | None = None
     for_embedding: bool = False
+    inits: Mapping[str, Callable[[Tensor, Any, int, Weighting | None], Any]] = field(default_factory=dict)
 
     def read_spec(self, spec: Mapping[str, Any]) -> Any:
         """The typed spec from its dict form (keys `structure`, ...)."""
@@ -130,7 +134,19 @@ def read_sum(terms: Sequence[Mapping[str, Any]]) -> SumSpec:
 
 
 STRUCTURES: Registry[Structure] = Registry("structure")
-STRUCTURES.register("kronecker", Structure(KroneckerSpec, KroneckerLinear, fit_kronecker, ask_kronecker))
+STRUCTURES.register(
+    "kronecker",
+    Structure(
+        KroneckerSpec,
+        KroneckerLinear,
+        fit_kronecker,
+        ask_kronecker,
+        inits={
+            "modified_van_loan": lambda w, s, seed, h: with_equal_entries(fit_kronecker(w, s, seed, h)),
+            "pruning": lambda w, s, _seed, h: pruned_kronecker(w, s, h),
+        },
+    ),
+)
 STRUCTURES.register(
     "low_rank", Structure(LowRankSpec, LowRankLinear, lambda w, s, _seed, h: nearest_low_rank(w, s, h), ask_low_rank)
 )

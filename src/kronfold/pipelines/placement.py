@@ -30,9 +30,10 @@ def fit_row(weight: Tensor, row: PlanRow, seed: int, weighting: Weighting | None
     structure = STRUCTURES.get(row.spec["structure"])
     if structure.fit is None:
         raise RecipeError(f"{row.name}: structure {row.spec['structure']!r} cannot be fitted to a weight.")
+    solve = structure.inits.get(row.spec.get("init", ""), structure.fit)
     spec = planning.spec_of(row)
     try:
-        fit = structure.fit(weight, spec, seed, weighting)
+        fit = solve(weight, spec, seed, weighting)
     except InputError as error:
         raise type(error)(f"{row.name}: {error}") from error
     searched = weighting is None and row.spec["structure"] == "kronecker" and (spec.searches_in or spec.searches_out)

@@ -120,7 +120,12 @@ def check_kind(view: LinearView, structure: str) -> None:
 
 def spec_of(row: PlanRow) -> Any:
     """The typed spec of a row."""
-    return STRUCTURES.get(row.spec["structure"]).read_spec({k: v for k, v in row.spec.items() if k != "head"})
+    return STRUCTURES.get(row.spec["structure"]).read_spec(_of_the_weight(row.spec))
+
+
+def _of_the_weight(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's spec without what it says of the head and of the fitting."""
+    return {key: value for key, value in spec.items() if key not in ("head", "init")}
 
 
 def check_plan(made: Plan, model_or_config: PreTrainedModel | PretrainedConfig) -> Cost:
@@ -203,6 +208,8 @@ def _row(view: LinearView, entry: CompressRecipe) -> PlanRow:
     check_kind(view, entry.structure)
     spec = structure.ask(view.shape, entry.model_dump())
     spec_dict: dict[str, Any] = {"structure": entry.structure, **spec.to_dict()}
+    if entry.init != "van_loan":
+        spec_dict["init"] = entry.init
     if view.kind == "embedding":
         if entry.structure == "kronecker":
             if spec.b[0] != 1:
@@ -232,7 +239,7 @@ def specs_after(
     for row in rows:
         view = views[row.name]
         spec = spec_of(row)
-        module_spec = {key: value for key, value in row.spec.items() if key != "head"}
+        module_spec = _of_the_weight(row.spec)
         if row.spec["structure"] == "kronecker":
             module_spec |= {"permute_in": spec.searches_in, "permute_out": spec.searches_out}
         elif row.spec["structure"] == "low_rank":
