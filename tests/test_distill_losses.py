@@ -24,7 +24,12 @@ def naive_kl(student, teacher, labels, temperature):
     return total
 
 
-TWINS = {"ce": naive_ce, "kl": naive_kl}
+def naive_logit_mse(student, teacher, labels, temperature):
+    kept = [(z, t) for z, t, y in zip(student, teacher, labels, strict=True) if y != IGNORE]
+    return sum(sum((zi - ti / temperature) ** 2 for zi, ti in zip(z, t, strict=True)) / len(z) for z, t in kept)
+
+
+TWINS = {"ce": naive_ce, "kl": naive_kl, "logit_mse": naive_logit_mse}
 
 
 def logits(tokens=6, vocabulary=9):
@@ -76,10 +81,10 @@ def test_hand_numbers():
     assert LOSSES.get("kl").function(student, teacher, label, 2.0).item() == pytest.approx(expected)
 
 
-def test_kl_of_equal_logits_is_zero_and_only_kl_needs_a_teacher():
+def test_kl_of_equal_logits_is_zero_and_all_but_ce_need_a_teacher():
     student, _, labels = logits()
     assert LOSSES.get("kl").function(student, student, labels, 2.0).item() == pytest.approx(0, abs=1e-12)
-    assert {name for name in LOSSES if LOSSES.get(name).needs_teacher} == {"kl"}
+    assert {name for name in LOSSES if LOSSES.get(name).needs_teacher} == {"kl", "logit_mse"}
 
 
 def test_count_leaves_out_ignored_tokens():

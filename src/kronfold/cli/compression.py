@@ -170,6 +170,14 @@ def heal(
     temperature: Annotated[float, typer.Option(help="Temperature of the KL term.")] = 1.0,
     ce: Annotated[float, typer.Option(help="Weight of the cross entropy with the text.")] = 0.1,
     kl: Annotated[float, typer.Option(help="Weight of the divergence from the teacher.")] = 1.0,
+    method: Annotated[
+        str,
+        typer.Option(help="Distillation method: kd, intermediate, rail, ...; see docs/distillation.md."),
+    ] = "kd",
+    method_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An option of the method; may be repeated.", show_default=False),
+    ] = None,
     protocol: Annotated[str, typer.Option(help="Perplexity protocol: sliding or paper.")] = "sliding",
     seed: t.Seed = 0,
     device: t.Device = "auto",
@@ -189,7 +197,13 @@ def heal(
             "tokens": heal_tokens,
             "learning_rate": learning_rate,
             "batch_size": batch_size,
-            "objective": {"ce": ce, "kl": kl, "temperature": temperature},
+            "objective": {
+                **t.named_values(method_option, "--method-option"),
+                "ce": ce,
+                "kl": kl,
+                "temperature": temperature,
+                "method": method,
+            },
         },
         "These options",
     )

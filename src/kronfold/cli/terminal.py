@@ -160,6 +160,26 @@ def planner_changes(windows: int | None, structures: str | None) -> dict[str, An
     return {key: value for key, value in changes.items() if value is not None}
 
 
+def named_values(pairs: list[str] | None, option: str) -> dict[str, Any]:
+    """`["hidden=1", "teacher_layers=[0, 2]"]` as a dict; values are read as YAML. Raises InputError for other forms."""
+    import yaml
+
+    from kronfold.base.errors import InputError
+
+    found: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value):
+            raise InputError(f"{option} {pair!r} must be NAME=VALUE, such as {option} hidden=1.")
+        if name in found:
+            raise InputError(f"{option} names {name!r} twice; give it once.")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"{option} {pair!r}: {value!r} cannot be read as a number, word or [list].") from error
+    return found
+
+
 def prepare(device: str = "cpu", seed: int | None = None) -> str:
     """Quieten the libraries, set the seed, and resolve the device. Raises InputError for one that is not there."""
     import torch

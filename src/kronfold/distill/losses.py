@@ -54,6 +54,31 @@ def kl(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, te
     return temperature**2 * per_token.masked_fill(labels.eq(IGNORE), 0.0).sum()
 
 
+def logit_mse(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, temperature: float) -> Tensor:
+    """Squared error to the teacher's logits divided by T, mean over the vocabulary, summed over tokens."""
+    assert teacher_logits is not None
+    per_token = (student_logits - teacher_logits / temperature).square().mean(-1)
+    return per_token.masked_fill(labels.eq(IGNORE), 0.0).sum()
+
+
+def label_mse(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, temperature: float) -> Tensor:
+    """Squared error of the one number predicted, (sequences, 1), to the label; summed. For regression."""
+    return (student_logits.squeeze(-1) - labels).square().sum()
+
+
+def teacher_mse(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, temperature: float) -> Tensor:
+    """The same to the teacher's prediction."""
+    assert teacher_logits is not None
+    return (student_logits - teacher_logits).square().sum()
+
+
 LOSSES: Registry[Loss] = Registry("loss")
 LOSSES.register("ce", Loss(ce, needs_teacher=False))
 LOSSES.register("kl", Loss(kl, needs_teacher=True))
+LOSSES.register("logit_mse", Loss(logit_mse, needs_teacher=True))
+
+# What takes the place of a loss, and its name, where one number is predicted and not a distribution.
+REGRESSION_LOSSES: dict[str, tuple[str, Loss]] = {
+    "ce": ("label_mse", Loss(label_mse, needs_teacher=False)),
+    "kl": ("teacher_mse", Loss(teacher_mse, needs_teacher=True)),
+}

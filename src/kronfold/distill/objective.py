@@ -1,37 +1,50 @@
-"""What the student is trained on: named losses, their weights, one temperature."""
+"""What the student is trained on: a method, named losses with their weights, a temperature."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from kronfold.base.errors import InputError
+from kronfold.base.errors import InputError, suggest
+from kronfold.distill import method as methods
+from kronfold.distill.attention import attention_fault
 from kronfold.distill.chunked import chunked_loss, head_parameters
-from kronfold.distill.losses import IGNORE, LOSSES, count_tokens
+from kronfold.distill.layers import Shape
+from kronfold.distill.losses import IGNORE, LOSSES, REGRESSION_LOSSES, count_tokens
+from kronfold.distill.method import Method
+from kronfold.distill.methods import METHODS
+from kronfold.distill.signals import START, Batch, Moment, Signals, at_least_float32, causal_weights, sequence_weights
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Weights of the named losses; 0 leaves a loss out. A field named like a loss is its weight.
+    """Method, weights of the losses of the logits, and the method's own options; weight 0 leaves a loss out.
 
     Args:
         kl: weight of T² KL(teacher ‖ student), per-token mean. Above 0 a teacher is needed.
         ce: weight of next-token cross entropy, per-token mean.
         temperature: T of `kl`.
         chunk_tokens: logits alive at a time; changes memory and speed, not the result.
+        method: a name of `METHODS`. The default, `kd`, is `kl` and `ce` alone.
+        options: of the method, by name.
 
     Raises:
-        InputError: a weight below 0 or infinite, all weights 0, a temperature or chunk_tokens not above 0.
+        InputError: a weight below 0 or infinite, all weights 0, a temperature or chunk_tokens not above 0, an unknown
+            method or option (with near names), an option that cannot be used.
     """
 
     kl: float = 1.0
     ce: float = 0.1
     temperature: float = 1.0
     chunk_tokens: int = 1024
+    method: str = "kd"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         named = {name: value for name, value in asdict(self).items() if name in LOSSES}
@@ -40,10 +53,29 @@ class ObjectiveConfig:
             bad.append(f"temperature={self.temperature} (must be above 0; 1 to 4 is usual)")
         if self.chunk_tokens < 1:
             bad.append(f"chunk_tokens={self.chunk_tokens} (must be at least 1; 1024 is usual)")
-        if not any(named.values()):
+        built = METHODS.get(self.method)(self) if not bad else None
+        if not any(named.values()) and not (built and built.term_weights):
             bad.append(f"every weight is 0; set at least one of {', '.join(named)}")
         if bad:
             raise InputError(f"Objective cannot be used: {'; '.join(bad)}. Weights are finite numbers from 0 up.")
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any]) -> ObjectiveConfig:
+        """From one flat mapping, as recipes write it: what is no field of the config is an option of the method.
+
+        Raises InputError for names that are neither, with the nearest that are.
+        """
+        own = {f.name for f in fields(cls)} - {"options"}
+        name = given.get("method", "kd")
+        extra = {key: value for key, value in given.items() if key not in own}
+        allowed = own | {f.name for f in fields(METHODS.get(name).options_type)}
+        unknown = [key for key in extra if key not in allowed]
+        if unknown:
+            raise InputError(
+                f"Unknown key {unknown[0]!r} in an objective of method {name!r}. "
+                f"{suggest(unknown[0], allowed, limit=24)}"
+            )
+        return cls(**{key: value for key, value in given.items() if key in own}, options=extra)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -52,17 +84,38 @@ class ObjectiveConfig:
 
     @property
     def needs_teacher(self) -> bool:
-        return any(LOSSES.get(name).needs_teacher for name in self.weights)
+        """Whether anything of the objective is compared with a teacher."""
+        return METHODS.get(self.method)(self).needs_teacher
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class Objective:
-    """A config made callable. It shifts the labels: position i predicts token i + 1."""
+    """A config made callable. For language models it shifts the labels: position i predicts token i + 1.
+
+    Attributes:
+        method: the method, which `bind` must have seen the pair for, if it has terms of its own. Its parameters are to
+            be trained with the student.
+    """
 
     def __init__(self, config: ObjectiveConfig | None = None) -> None:
         self.config = config or ObjectiveConfig()
+        self.method: Method = METHODS.get(self.config.method)(self.config)
+
+    def bind(self, student: PreTrainedModel, teacher: PreTrainedModel | None, seed: int = 0) -> None:
+        """Check the method against the pair and build its projections, the same for the same seed.
+
+        Raises InputError, every reason a method has: layers out of range, heads that differ, no attention maps.
+        """
+        teacher = teacher if self.config.needs_teacher else None
+        shapes = [Shape.of(m) for m in (student, teacher) if m is not None]
+        methods.bind(self.method, shapes[0], shapes[1] if teacher is not None else None, seed)
+        wanted = self.method.attention
+        for role, model, layers in (("student", student, wanted.student), ("teacher", teacher, wanted.teacher)):
+            fault = attention_fault(model, layers, wanted.values) if model is not None and layers else None
+            if fault:
+                raise InputError(f"Method {self.config.method} needs the attention of the {role}: {fault}")
 
     def __call__(
         self,
@@ -72,6 +125,9 @@ class Objective:
         teacher_head: nn.Module | None,
         labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
+        *,
+        moment: Moment = START,
+        signals: tuple[Signals, Signals] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to differentiate, and each named loss by itself (unweighted, detached).
 
@@ -82,6 +138,9 @@ class Objective:
             num_items_in_batch: predicted tokens of the whole batch that this micro-batch is a part of.
                 Everything is divided by it, so gradients of micro-batches add up to exactly those of the
                 batch. Default: those of this micro-batch, which makes each value a per-token mean.
+            moment: where the training stands, for methods with a schedule.
+            signals: of student and teacher, for methods with terms beyond the logits. These are means over the
+                predicting positions, divided as all else.
 
         Raises:
             InputError: the objective needs a teacher and none is given.
@@ -90,16 +149,75 @@ class Objective:
         # them.
         shifted = torch.full_like(labels, IGNORE)
         shifted[:, :-1] = labels[:, 1:]
-        total, sums = chunked_loss(
-            student_hidden.flatten(0, 1),
-            student_head,
-            head_parameters(student_head),
-            shifted.flatten(),
-            self.config.weights,
-            teacher_hidden=None if teacher_hidden is None else teacher_hidden.flatten(0, 1),
-            teacher_head=teacher_head,
-            temperature=self.config.temperature,
-            chunk_tokens=self.config.chunk_tokens,
-        )
+        weights = self.method.weights(moment)
+        logit_weights = {name: weight for name, weight in weights.items() if name in LOSSES}
         items = count_tokens(shifted).clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return total / items, dict(zip(self.config.weights, sums / items, strict=True))
+        total, sums = student_hidden.new_zeros(()), student_hidden.new_zeros(0)
+        if logit_weights:
+            total, sums = chunked_loss(
+                student_hidden.flatten(0, 1),
+                student_head,
+                head_parameters(student_head),
+                shifted.flatten(),
+                logit_weights,
+                teacher_hidden=None if teacher_hidden is None else teacher_hidden.flatten(0, 1),
+                teacher_head=teacher_head,
+                temperature=self.method.temperature(moment),
+                chunk_tokens=self.config.chunk_tokens,
+            )
+        named = dict(zip(logit_weights, sums / items, strict=True))
+        if signals is None:
+            return total / items, named
+        batch = Batch(causal_weights(shifted, items, at_least_float32(student_hidden).dtype), moment)
+        return self._with_terms(total / items, named, weights, signals, batch)
+
+    def classify(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor,
+        attention_mask: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        *,
+        moment: Moment = START,
+        signals: tuple[Signals, Signals] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same for sequence classification and regression.
+
+        Regression is what a single logit means: `ce` then is the squared error to the label, `kl` that to the
+        teacher's prediction, and they are reported as `label_mse` and `teacher_mse`.
+
+        Args:
+            student_logits, teacher_logits: (batch, classes).
+            labels: (batch,), integers; numbers for regression.
+            attention_mask: (batch, length), 0 on padding; the positions that terms of the method are means over.
+            num_items_in_batch: sequences of the whole batch. Default: those of this micro-batch.
+        """
+        weights = self.method.weights(moment)
+        items = len(labels) if num_items_in_batch is None else num_items_in_batch
+        student = at_least_float32(student_logits)
+        teacher = None if teacher_logits is None else at_least_float32(teacher_logits)
+        regression = student.shape[-1] == 1
+        total, named = student.new_zeros(()), {}
+        for name in [name for name in weights if name in LOSSES]:
+            plain = (name, LOSSES.get(name))
+            reported, loss = REGRESSION_LOSSES.get(name, plain) if regression else plain
+            value = loss.function(student, teacher, labels, self.method.temperature(moment)) / items
+            total, named[reported] = total + weights[name] * value, value.detach()
+        if signals is None:
+            return total, named
+        batch = Batch(sequence_weights(attention_mask, items, student.dtype), moment)
+        return self._with_terms(total, named, weights, signals, batch)
+
+    def _with_terms(
+        self,
+        total: Tensor,
+        named: dict[str, Tensor],
+        weights: Mapping[str, float],
+        signals: tuple[Signals, Signals],
+        batch: Batch,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        for name, value in self.method.terms(*signals, batch).items():
+            if name in weights:
+                total, named[name] = total + weights[name] * value, value.detach()
+        return total, named

@@ -12,14 +12,21 @@ from kronfold.base.errors import InputError
 def check_pair(student: PreTrainedModel, teacher: PreTrainedModel | None = None, block: int | None = None) -> None:
     """Raises InputError with every reason why `student` cannot learn from `teacher` on blocks of `block` tokens.
 
-    Reasons: vocabularies of different size, a block longer than a model's positions, tensors shared by both.
+    Reasons: vocabularies of different size, a block longer than a model's positions, tensors shared by both; of
+    classifiers also different tasks, and a student without a token for padding.
     """
-    faults = []
+    faults = _task_faults(student, teacher) if is_classifier(student) else []
     if teacher is not None:
+        if is_classifier(teacher) != is_classifier(student):
+            names = type(student).__name__, type(teacher).__name__
+            faults.append(f"the student is a {names[0]} and the teacher a {names[1]}; both must do the same task")
         sizes = _vocabulary(student), _vocabulary(teacher)
         if sizes[0] != sizes[1]:
             faults.append(
-                f"the student predicts {sizes[0]:,} tokens and the teacher {sizes[1]:,}. Distillation compares "
+                f"the student reads {sizes[0]:,} tokens and the teacher {sizes[1]:,}. Both get the same input, so take "
+                "a teacher with the student's tokenizer"
+                if is_classifier(student)
+                else f"the student predicts {sizes[0]:,} tokens and the teacher {sizes[1]:,}. Distillation compares "
                 "them token by token, so take a teacher with the student's tokenizer; if one "
                 f"vocabulary is only padded, cut it first with model.resize_token_embeddings({min(sizes)})"
             )
@@ -38,6 +45,26 @@ def check_pair(student: PreTrainedModel, teacher: PreTrainedModel | None = None,
             )
     if faults:
         raise InputError("Student and teacher do not fit: " + "; ".join(faults) + ".")
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether `model` classifies sequences (or predicts one number of each), as transformers names such models."""
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def _task_faults(student: PreTrainedModel, teacher: PreTrainedModel | None) -> list[str]:
+    faults = []
+    if getattr(student.config, "problem_type", None) == "multi_label_classification":
+        faults.append("multi-label classification is not supported; one label or one number a sequence is")
+    if teacher is not None and is_classifier(teacher) and student.config.num_labels != teacher.config.num_labels:
+        labels = student.config.num_labels, teacher.config.num_labels
+        faults.append(f"the student has {labels[0]} classes and the teacher {labels[1]}; fine-tune both on one task")
+    for role, model in (("student", student), ("teacher", teacher)):
+        if model is not None and model.config.pad_token_id is None:
+            faults.append(
+                f"the {role} has no padding token, so its last real token is unknown; set config.pad_token_id"
+            )
+    return faults
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ from kronfold.base.errors import OutputError
 from kronfold.base.files import atomic_directory, check_output, write_json
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
-from kronfold.distill.objective import ObjectiveConfig
 from kronfold.evaluate.perplexity import perplexity
 from kronfold.evaluate.texts import open_text
 from kronfold.export.checkpoint import write_model
@@ -27,6 +26,7 @@ from kronfold.models.surgery import read_specs
 from kronfold.pipelines.auto import calibrate_on, fit_rows, settings_of
 from kronfold.pipelines.compress import plan
 from kronfold.pipelines.gathers import absorb_gathers
+from kronfold.pipelines.objectives import objective_of
 from kronfold.pipelines.stage import Progress, keep_layers
 from kronfold.planner import planning
 from kronfold.planner.budget import Budget
@@ -153,6 +153,7 @@ def heal_to(
     Returns the results document. Raises OutputError, CheckpointError, DataError, before training starts.
     """
     check_output(output, overwrite)
+    objective_of(recipe)
     saved_dtype = read_dtype(dtype) if dtype else None
     work = _work_directory(output, resume, overwrite)
     model, original = load_model(student, device=device), load_model(teacher, device=device)
@@ -225,12 +226,12 @@ def heal_by(
     progress: Callable[[int, int, dict[str, float]], None],
     start_tokens: int = 0,
 ) -> HealResult:
-    """`kronfold.train.heal.heal` with the settings of a recipe; an objective without KL uses no teacher.
+    """`kronfold.train.heal.heal` with the settings of a recipe; an objective that compares nothing uses no teacher.
 
     `output_dir` receives trainer checkpoints on the way, None keeps none (such a healing cannot be resumed).
     `start_tokens`: what earlier stages have read of the blocks already.
     """
-    objective = ObjectiveConfig(**recipe.objective.model_dump())
+    objective = objective_of(recipe)
     return heal(
         student,
         teacher if objective.needs_teacher else None,

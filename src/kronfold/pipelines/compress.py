@@ -16,6 +16,7 @@ from kronfold.models.load import load_tokenizer
 from kronfold.pipelines.auto import calibrate_on, fit_rows, plan_auto
 from kronfold.pipelines.calibration import Calibration
 from kronfold.pipelines.gathers import absorb_gathers
+from kronfold.pipelines.objectives import check_objectives
 from kronfold.pipelines.stage import Progress, compress_stage, keep_layers
 from kronfold.planner import planning
 from kronfold.planner.budget import Budget
@@ -51,6 +52,7 @@ def plan(
     its own. InputError: `auto` without weights or text.
     """
     recipe = load_recipe(recipe)
+    check_objectives(recipe)
     has_weights = isinstance(model_or_config, PreTrainedModel) and model_or_config.device.type != "meta"
     if recipe.auto is not None:
         if not has_weights:

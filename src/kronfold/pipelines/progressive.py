@@ -31,6 +31,7 @@ from kronfold.pipelines.auto import calibrate_on, plan_auto, settings_of
 from kronfold.pipelines.calibration import Calibration
 from kronfold.pipelines.checkpoint import heal_by
 from kronfold.pipelines.gathers import absorb_gathers
+from kronfold.pipelines.objectives import check_objectives
 from kronfold.pipelines.run_state import Control, Report, Run, RunOptions
 from kronfold.pipelines.stage import keep_layers
 from kronfold.pipelines.steps import StepBook
@@ -68,6 +69,7 @@ def run(
     _check_options(options)
     started = time.monotonic()
     recipe = load_recipe(options.recipe).with_heal_tokens(options.heal_tokens)
+    check_objectives(recipe)
     teacher = load_model(options.model, device=options.device)
     tokenizer = load_tokenizer(options.model)
     plan = None if recipe.auto else planning.plan(teacher, recipe)
@@ -185,9 +187,7 @@ def _dense_finetuned(state: Run) -> dict[str, Any]:
     for stage in state.recipe.stages:
         if stage.heal is None:
             continue
-        recipe = stage.heal.model_copy(
-            update={"objective": stage.heal.objective.model_copy(update={"kl": 0.0, "ce": 1.0})}
-        )
+        recipe = stage.heal.model_copy(update={"objective": stage.heal.objective.from_labels_alone()})
         healed = _heal(state, model, recipe, f"fine-tune the dense model, stage {stage.name}", None, tokens)
         losses += [{**entry, "tokens": entry["tokens"] + tokens} for entry in healed.losses]
         tokens, seconds = tokens + healed.tokens, seconds + healed.seconds

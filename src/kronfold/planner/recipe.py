@@ -16,18 +16,34 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ObjectiveRecipe(_Strict):
-    """Weights of the named losses and the temperature of the KL term (which is multiplied by temperature²)."""
+class ObjectiveRecipe(BaseModel):
+    """Method, weights of the losses of the logits, the temperature of the KL term (which is multiplied by its square).
+
+    Any further key is an option of the method, such as `hidden: 1` of `intermediate`. Which there are is known to the
+    room that trains: it refuses unknown ones before anything is compressed.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, bool | int | float | str | list[int]]
 
     ce: float = Field(0.1, ge=0)
     kl: float = Field(1.0, ge=0)
     temperature: float = Field(1.0, gt=0)
+    method: str = "kd"
 
     @model_validator(mode="after")
     def _something(self) -> ObjectiveRecipe:
+        if self.method != "kd":
+            return self
+        for key in self.__pydantic_extra__:
+            raise ValueError(f"{key}: unknown key. {suggest(key, type(self).model_fields)}")
         if self.ce == 0 and self.kl == 0:
             raise ValueError("ce and kl are both 0: there is nothing to train on; give one a positive weight")
         return self
+
+    def from_labels_alone(self) -> ObjectiveRecipe:
+        """Cross entropy and nothing else, for controls without a teacher."""
+        return ObjectiveRecipe.model_validate({"ce": 1.0, "kl": 0.0, "temperature": self.temperature})
 
 
 class HealRecipe(_Strict):

@@ -37,6 +37,9 @@ def damage(checkpoint: Path) -> str | None:
     for name in ("optimizer.pt", "scheduler.pt"):
         if not zipfile.is_zipfile(checkpoint / name):
             return f"{name} is missing or cut off"
+    method = checkpoint / "method.pt"  # only of methods with parameters of their own
+    if method.exists() and not zipfile.is_zipfile(method):
+        return "method.pt is cut off"
     random_states = list(checkpoint.glob("rng_state*.pth"))
     if not random_states or not all(zipfile.is_zipfile(path) for path in random_states):
         return "the random states are missing or cut off"

@@ -30,7 +30,7 @@ class HealConfig:
         schedule: a schedule of transformers by name; "cosine" falls to 0 at the last step.
         weight_decay: AdamW's; never on biases and norms.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
-        objective: losses, weights, temperature.
+        objective: method, losses, weights, temperature.
         dropout: whether the student's dropout stays on. A compressed model on a short budget underfits, and
             attention without dropout has far faster kernels, so it is off unless asked for.
         seed: order of the blocks and dropout. Same seed, same machine, same result.

@@ -19,12 +19,12 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from transformers.trainer_utils import SaveStrategy
 
 from kronfold.base.errors import DataError, InputError
-from kronfold.distill import check_pair
+from kronfold.distill import Objective
 from kronfold.train import checkpoints
 from kronfold.train.config import HealConfig
 from kronfold.train.order import ShuffledStream
 from kronfold.train.precision import bf16_is_fast
-from kronfold.train.trainer import DistillationTrainer
+from kronfold.train.trainer import DistillationTrainer, check_objective
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -89,18 +89,15 @@ def heal(
         options: the fields of `HealConfig`: tokens or steps, batch_size, learning_rate, objective, seed, ...
 
     Raises:
-        InputError: options, budget or pair that cannot be used; a loss that is no longer finite.
+        InputError: options, budget, method or pair that cannot be used; a loss that is no longer finite.
         DataError: no blocks, or blocks that are not integers of one length.
         OutputError, CheckpointError: output_dir is taken or cannot be written, or is of another run.
     """
     config = HealConfig.from_options(**options)
-    needs_teacher = config.objective.needs_teacher
     if output_dir is None and (resume or config.save_steps):
         raise InputError("resume and save_steps need checkpoints; say where with output_dir.")
-    if needs_teacher and teacher is None:
-        raise InputError("This objective needs a teacher (weight of kl above 0); pass one, or set kl to 0.")
     block, fingerprint = _inspect(data)
-    check_pair(student, teacher if needs_teacher else None, block)
+    check_objective(Objective(config.objective), student, teacher, config.seed, block)
     with contextlib.ExitStack() as stack:
         place = Path(output_dir) if output_dir else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         args = _arguments(config, student, place, device)

@@ -12,26 +12,33 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from kronfold.base.errors import InputError, OutputError
-from kronfold.distill import Objective, ObjectiveConfig, check_head, check_pair
+from kronfold.distill import Moment, Objective, ObjectiveConfig, Signals, check_head, check_pair, is_classifier
+from kronfold.train import companion
+from kronfold.train.passes import observed
 
 
 class DistillationTrainer(Trainer):
     """Trains `model` towards `teacher`; checkpoints are plain `save_pretrained` directories.
 
     The teacher is no part of the trained model: it is put into eval mode, runs without gradients, and appears
-    neither in the state dict nor in the optimiser. Its `requires_grad` flags are not touched. The head is
-    applied in chunks (see `kronfold.distill.chunked`), so full logits never exist. Every named loss gets a
-    column of its own in `state.log_history`, a mean over the logged steps like `loss`.
+    neither in the state dict nor in the optimiser. Its `requires_grad` flags are not touched. Every named loss gets a
+    column of its own in `state.log_history`, a mean over the logged steps like `loss`. Parameters of the method
+    (projections) are trained too, and lie in `method.pt` beside the optimiser's state.
+
+    Causal language models: the head is applied in chunks (see `kronfold.distill.chunked`), so full logits never exist.
+    Sequence classification and regression (any `...ForSequenceClassification`): batches hold `input_ids`,
+    `attention_mask` and `labels` (batch,), padded by the collator given as `data_collator`; `evaluate` and `predict`
+    hand the logits to `compute_metrics` as always. `num_items_in_batch` counts sequences then, not tokens.
 
     Args:
         model: the student. Called with `logits_to_keep=1`; its forward hooks and any DDP wrapper run as usual.
         teacher: may be None when the objective needs none (the dense fine-tuning control: weight of `kl` 0).
-        objective: weights, temperature and chunk size.
+        objective: method, weights, temperature and chunk size.
         train_dataset: items of `input_ids` and `labels`, in the order wanted: it is read from first to last.
 
     Raises:
-        InputError: no teacher though the objective needs one, a pair that does not fit, or a head that is not
-            all there is to the logits.
+        InputError: no teacher though the objective needs one, a pair or method that does not fit, or a head that is
+            not all there is to the logits.
     """
 
     def __init__(
@@ -44,28 +51,33 @@ class DistillationTrainer(Trainer):
         **options: Any,
     ) -> None:
         self.objective: Objective = Objective(objective)
-        if self.objective.config.needs_teacher and teacher is None:
-            raise InputError("This objective needs a teacher (kl is above 0); pass one, or set kl to 0.")
-        check_pair(model, teacher if self.objective.config.needs_teacher else None)
-        check_head(model)
+        teacher = teacher if self.objective.config.needs_teacher else None
+        check_objective(self.objective, model, teacher, args.seed)
+        self.classifies = is_classifier(model)
+        for one in () if self.classifies else (model, *([teacher] if teacher is not None else [])):
+            check_head(one)
         if args.n_gpu > 1:
             args._n_gpu = 1  # several GPUs are for torchrun; nn.DataParallel would copy the student each step
         super().__init__(model=model, args=args, **options)
         # The objective shifts labels and divides by num_items_in_batch, whatever the signature of the student
         # says.
         self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = True
+        self._loss_shifts_labels = not self.classifies
         self.teacher: PreTrainedModel | None = None
         self.teacher_head: nn.Module | None = None
-        if teacher is not None and self.objective.config.needs_teacher:
-            check_head(teacher)
+        if teacher is not None:
             self._adopt(teacher)
+        self.objective.method.to(self.args.device)
+        if any(True for _ in self.objective.method.parameters()):
+            self.add_callback(companion.MethodGradients(self.objective.method, self.accelerator))
         self._running: dict[str, Tensor] = {}
         self._running_since = 0
 
     def _adopt(self, teacher: PreTrainedModel) -> None:
         nn.Module.to(teacher, self.args.device)
         self.teacher = teacher.eval()
+        if self.classifies:
+            return
         head = teacher.get_output_embeddings()
         # Autocast keeps the low-precision copy of a trained weight, but casts a frozen one anew for every
         # chunk. The same cast, done once, spares that.
@@ -75,6 +87,15 @@ class DistillationTrainer(Trainer):
         data: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(data)
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The stock optimiser; parameters of the method are a group of their own, without weight decay."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        own = list(self.objective.method.parameters())
+        if made and own:
+            optimizer.add_param_group({"params": own, "weight_decay": 0.0})
+        return optimizer
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -82,30 +103,68 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The objective on one micro-batch; `inputs` are `labels` (batch, length) and what the models take."""
-        labels = inputs["labels"]
+        """The objective on one micro-batch; `inputs` are `labels` and what the models take."""
         features = {name: value for name, value in inputs.items() if name != "labels"}
+        compute = self._classifier_loss if self.classifies else self._causal_loss
         with self.accelerator.autocast():
-            teacher_hidden = self._teacher_hidden(features)
-            out = model(**features, output_hidden_states=True, logits_to_keep=1, use_cache=False)
-            head = self.accelerator.unwrap_model(model).get_output_embeddings()
-            loss, named = self.objective(
-                out.hidden_states[-1], head, teacher_hidden, self.teacher_head, labels, num_items_in_batch
-            )
+            loss, named, outputs = compute(model, features, inputs["labels"], num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # num_items_in_batch counts all processes, and DDP averages gradients where we want their sum.
             scale = self.accelerator.num_processes
             loss, named = loss * scale, {name: value * scale for name, value in named.items()}
         if model.training:
             self._remember(named)
-        return (loss, {"loss": loss}) if return_outputs else loss
+        return (loss, {"loss": loss, **outputs}) if return_outputs else loss
+
+    def _causal_loss(
+        self, model: nn.Module, features: dict[str, Any], labels: Tensor, items: Tensor | int | None
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """(loss, named losses, nothing) of blocks of text."""
+        teacher_hidden, teacher_signals = None, Signals()
+        if self.teacher is not None:
+            run = self.teacher.base_model  # its head is left to the objective
+            out, teacher_signals = self._watch_teacher(lambda **more: run(**features, use_cache=False, **more))
+            teacher_hidden = out.last_hidden_state
+        out, signals = self._watch_student(
+            model, lambda **more: model(**features, logits_to_keep=1, use_cache=False, **more), hidden=True
+        )
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        loss, named = self.objective(
+            out.hidden_states[-1], head, teacher_hidden, self.teacher_head, labels, items,
+            moment=self._moment, signals=(signals, teacher_signals),
+        )  # fmt: skip
+        return loss, named, {}
+
+    def _classifier_loss(
+        self, model: nn.Module, features: dict[str, Any], labels: Tensor, items: Tensor | int | None
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """(loss, named losses, logits) of padded sequences."""
+        teacher_logits, teacher_signals = None, Signals()
+        if self.teacher is not None:
+            teach = self.teacher
+            out, teacher_signals = self._watch_teacher(lambda **more: teach(**features, use_cache=False, **more))
+            teacher_logits = out.logits
+        hidden = self.objective.method.hidden
+        out, signals = self._watch_student(model, lambda **more: model(**features, use_cache=False, **more), hidden)
+        mask = features.get("attention_mask")
+        loss, named = self.objective.classify(
+            out.logits, teacher_logits, labels, torch.ones_like(features["input_ids"]) if mask is None else mask,
+            items, moment=self._moment, signals=(signals, teacher_signals),
+        )  # fmt: skip
+        return loss, named, {"logits": out.logits.detach()}
+
+    def _watch_student(self, model: nn.Module, call: Any, hidden: bool) -> tuple[Any, Signals]:
+        return observed(self.accelerator.unwrap_model(model), call, hidden, self.objective.method.attention.student)
 
     @torch.no_grad()
-    def _teacher_hidden(self, features: dict[str, Any]) -> Tensor | None:
-        """(batch, length, width) after the teacher's final norm; its head is left to the objective."""
-        if self.teacher is None:
-            return None
-        return self.teacher.base_model(**features, use_cache=False).last_hidden_state
+    def _watch_teacher(self, call: Any) -> tuple[Any, Signals]:
+        assert self.teacher is not None
+        method = self.objective.method
+        return observed(self.teacher, call, method.hidden, method.attention.teacher)
+
+    @property
+    def _moment(self) -> Moment:
+        return Moment(self.state.global_step, max(1, self.state.max_steps))
 
     def _remember(self, named: dict[str, Tensor]) -> None:
         """Add up on the device; reading a number here would wait for it in every micro-step."""
@@ -124,6 +183,16 @@ class DistillationTrainer(Trainer):
                 "Free some space and resume, or choose another place."
             ) from error
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            companion.save(self.objective.method, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            companion.load(self.objective.method, checkpoint)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds each named loss, as a mean over the steps since the last log, to training logs."""
         if self._running and "loss" in logs:
@@ -132,3 +201,17 @@ class DistillationTrainer(Trainer):
             logs.update(zip(self._running, means.tolist(), strict=True))
             self._running = {}
         super().log(logs, start_time)
+
+
+def check_objective(
+    objective: Objective, student: PreTrainedModel, teacher: PreTrainedModel | None, seed: int, block: int | None = None
+) -> None:
+    """Everything that can be wrong between an objective and a pair, and `objective.bind`. Raises InputError."""
+    config = objective.config
+    if config.needs_teacher and teacher is None:
+        cause = "kl is above 0" if config.weights.get("kl") else f"method {config.method} compares with one"
+        way_out = "set kl to 0" if config.weights.get("kl") and config.method == "kd" else "choose method kd with kl 0"
+        raise InputError(f"This objective needs a teacher ({cause}); pass one, or {way_out}.")
+    teacher = teacher if config.needs_teacher else None
+    check_pair(student, teacher, block)
+    objective.bind(student, teacher, seed)

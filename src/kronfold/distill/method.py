@@ -1,0 +1,147 @@
+"""The base of all distillation methods. A method is one file in `methods/` and one line in its registry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kronfold.base.errors import InputError, suggest
+from kronfold.distill.layers import Shape
+from kronfold.distill.losses import LOSSES
+from kronfold.distill.signals import Batch, Moment, Signals
+
+if TYPE_CHECKING:
+    from kronfold.distill.objective import ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """Options of a method; each method has its own subclass, every field with a default.
+
+    Values are numbers, words or lists of block indices. `faults` gives all that cannot be used, as sentences without a
+    full stop.
+    """
+
+    def faults(self) -> list[str]:
+        return []
+
+
+@dataclass(frozen=True)
+class AttentionLayers:
+    """Blocks whose attention is wanted, in the student and in the teacher; `values`: their value vectors too."""
+
+    student: tuple[int, ...] = ()
+    teacher: tuple[int, ...] = ()
+    values: bool = False
+
+
+class Method(nn.Module):
+    """What is compared between student and teacher, with which weights, at which moment.
+
+    A method is built from an `ObjectiveConfig` and then bound to a pair of models. Its own parameters (projections)
+    are trained with the student, saved beside the checkpoints of the run, and never in the student.
+
+    To override: `options_type`; `bind` for checks and projections; `weights` and `temperature` for schedules;
+    `term_weights` and `terms` for what is compared beyond the logits.
+
+    Attributes:
+        hidden: set by `bind`: hidden states are wanted.
+        attention: set by `bind`: blocks whose attention is wanted.
+    """
+
+    options_type: ClassVar[type[MethodOptions]] = MethodOptions
+    needs_teacher_always: ClassVar[bool] = False
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.options: Any = read_options(type(self), config.method, config.options)
+        self.hidden = False
+        self.attention = AttentionLayers()
+        self.projections = nn.ModuleDict()
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether anything at all is compared with a teacher."""
+        named = self.config.weights
+        return self.needs_teacher_always or any(LOSSES.get(name).needs_teacher for name in named)
+
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """Names and weights, above 0, of what `terms` gives."""
+        return {}
+
+    def bind(self, student: Shape, teacher: Shape | None) -> None:
+        """Check the options against the pair, and build what depends on its shapes. Raises InputError."""
+
+    def weights(self, moment: Moment) -> dict[str, float]:
+        """Weights above 0 of the losses of the logits (names of LOSSES) and of the terms, in the order of the logs."""
+        return self.config.weights | self.term_weights
+
+    def temperature(self, moment: Moment) -> float:
+        return self.config.temperature
+
+    def terms(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
+        """Named scalars beyond the losses of the logits, unweighted, each Σ of `batch.weights` · value per position."""
+        return {}
+
+    def project(self, name: str, student: int, teacher: int) -> None:
+        """Make a learned map called `name` from `student` to `teacher` channels, where these differ."""
+        if student != teacher:
+            self.projections[name] = nn.Linear(student, teacher, bias=False)
+
+    def projected(self, name: str, states: Tensor) -> Tensor:
+        """`states` through the projection of that name, or as they are."""
+        return self.projections[name](states) if name in self.projections else states
+
+
+def read_options(method: type[Method], name: str, given: Mapping[str, Any]) -> MethodOptions:
+    """The options of a method from a mapping. Raises InputError for unknown names (near ones) and useless values."""
+    allowed = {f.name: f.default for f in fields(method.options_type)}
+    unknown = [key for key in given if key not in allowed]
+    if unknown:
+        known = suggest(unknown[0], allowed) if allowed else f"Method {name} has no options."
+        raise InputError(f"Unknown option {unknown[0]!r} of method {name!r}. {known}")
+    options = method.options_type(**{key: _plain(value) for key, value in given.items()})
+    faults = options.faults()
+    if faults:
+        raise InputError(f"Method {name} cannot be used: {'; '.join(faults)}.")
+    return options
+
+
+def weight_faults(**weights: Any) -> list[str]:
+    """Sentences about values that are no weights: finite numbers from 0 up."""
+    return [
+        f"{name}={value!r} must be a finite number, 0 or above"
+        for name, value in weights.items()
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf
+    ]
+
+
+def layers_faults(**maps: Any) -> list[str]:
+    """Sentences about layer maps that are neither a word nor a list of integers; `layer_map` checks the rest."""
+    return [
+        f"{name}={value!r} must be auto, kept, uniform or a list of block indices"
+        for name, value in maps.items()
+        if not isinstance(value, str) and not _integers(value)
+    ]
+
+
+def _integers(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def bind(method: Method, student: Shape, teacher: Shape | None, seed: int = 0) -> None:
+    """`method.bind`, with projections that depend on `seed` alone and no trace in torch's own random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        method.bind(student, teacher)

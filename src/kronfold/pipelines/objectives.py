@@ -1,0 +1,25 @@
+"""Objectives as recipes write them, made into those that train."""
+
+from __future__ import annotations
+
+from kronfold.base.errors import InputError, RecipeError
+from kronfold.distill.objective import ObjectiveConfig
+from kronfold.planner.recipe import HealRecipe, Recipe
+
+
+def objective_of(heal: HealRecipe) -> ObjectiveConfig:
+    """Raises InputError: an unknown method or option (with the nearest names), or a value that cannot be used."""
+    return ObjectiveConfig.from_mapping(heal.objective.model_dump())
+
+
+def check_objectives(recipe: Recipe) -> None:
+    """Raises RecipeError with the faults of all stages' objectives; nothing else of a recipe is looked at."""
+    faults = []
+    for stage in recipe.stages:
+        try:
+            if stage.heal:
+                objective_of(stage.heal)
+        except InputError as error:
+            faults.append(f"{stage.name}.heal.objective: {error}")
+    if faults:
+        raise RecipeError(f"Recipe {recipe.name} cannot be healed:\n  " + "\n  ".join(faults))
