@@ -15,6 +15,7 @@ from torch import Tensor
 from kronfold.base.errors import RecipeError, suggest
 from kronfold.base.registry import Registry
 from kronfold.base.specs import GroupedEmbeddingSpec, KroneckerSpec, LowRankSpec, Pair, SumSpec
+from kronfold.base.tensor_train import TensorTrainSpec
 from kronfold.decompose.fit import Fit
 from kronfold.decompose.grouped_embedding import grouped_embedding
 from kronfold.decompose.low_rank import nearest_low_rank
@@ -23,8 +24,9 @@ from kronfold.decompose.nearest import nearest_kronecker
 from kronfold.decompose.permute import permuted_kronecker
 from kronfold.decompose.pruned_kronecker import pruned_kronecker
 from kronfold.decompose.sum_fit import FitTerm, SumFit, sum_fit
+from kronfold.decompose.tensor_train import tensor_train
 from kronfold.decompose.weighting import Weighting
-from kronfold.nn import KroneckerLinear, LowRankLinear, SumLinear
+from kronfold.nn import GroupedEmbedding, KroneckerLinear, LowRankLinear, SumLinear, TensorTrainEmbedding
 from kronfold.nn.structured import StructuredLinear
 
 
@@ -34,7 +36,7 @@ class Structure:
     spec: class of its spec, or a function that makes one from the entries of its dict form. module: class of its layer.
     fit: (weight (out, in), spec, seed, weighting or None) -> the solver's result (`relative_error`, `to_dense`).
     ask: (shape of the weight, what a recipe entry says) -> spec. Raises RecipeError or ShapeError.
-    for_embedding: it replaces an embedding, not a linear layer.
+    embedding: class of its module, where it replaces an embedding and not a linear layer.
     inits: what a recipe entry may name as `init` in place of `fit` -> a solver like `fit`.
     """
 
@@ -42,7 +44,7 @@ class Structure:
     module: type[StructuredLinear] | None = None
     fit: Callable[[Tensor, Any, int, Weighting | None], Any] | None = None
     ask: Callable[[Pair, Mapping[str, Any]], Any] | None = None
-    for_embedding: bool = False
+    embedding: type[GroupedEmbedding] | type[TensorTrainEmbedding] | None = None
     inits: Mapping[str, Callable[[Tensor, Any, int, Weighting | None], Any]] = field(default_factory=dict)
 
     def read_spec(self, spec: Mapping[str, Any]) -> Any:
@@ -84,6 +86,15 @@ def ask_grouped(shape: Pair, entry: Mapping[str, Any]) -> GroupedEmbeddingSpec:
     """One group (a plain low-rank embedding) of `rank` or `ratio`; groups by frequency come from the planner."""
     found = ask_low_rank(shape, entry)
     return GroupedEmbeddingSpec((shape[0],), (found.rank,), shape[1])
+
+
+def ask_tensor_train(shape: Pair, entry: Mapping[str, Any]) -> TensorTrainSpec:
+    """`ratio`, and `cores` (default 2): how many dimensions a row is split into."""
+    if extra := [key for key in ("block", "rank") if entry.get(key) is not None]:
+        raise RecipeError(f"structure tensor_train takes ratio and cores, not {', '.join(extra)}")
+    if entry.get("ratio") is None:
+        raise RecipeError("structure tensor_train needs ratio: R (the share of the embedding's numbers that is kept)")
+    return TensorTrainSpec.for_ratio(shape, entry["ratio"], entry.get("cores") or 2)
 
 
 def fit_sum(weight: Tensor, spec: SumSpec, seed: int, weighting: Weighting | None) -> SumFit:
@@ -153,7 +164,21 @@ STRUCTURES.register(
 STRUCTURES.register(
     "grouped_embedding",
     Structure(
-        GroupedEmbeddingSpec, None, lambda w, s, _seed, h: grouped_embedding(w, s, h), ask_grouped, for_embedding=True
+        GroupedEmbeddingSpec,
+        None,
+        lambda w, s, _seed, h: grouped_embedding(w, s, h),
+        ask_grouped,
+        embedding=GroupedEmbedding,
+    ),
+)
+STRUCTURES.register(
+    "tensor_train",
+    Structure(
+        TensorTrainSpec,
+        None,
+        lambda w, s, _seed, h: tensor_train(w, s, h),
+        ask_tensor_train,
+        embedding=TensorTrainEmbedding,
     ),
 )
 STRUCTURES.register("sum", Structure(read_sum, SumLinear, fit_sum, ask_sum))

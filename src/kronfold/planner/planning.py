@@ -111,10 +111,11 @@ def check_rows(views: Mapping[str, LinearView], rows: Iterable[PlanRow]) -> None
 def check_kind(view: LinearView, structure: str) -> None:
     """Raises RecipeError: a structure for embeddings at a linear layer, or the reverse."""
     wanted = STRUCTURES.get(structure)
-    fits = wanted.for_embedding or structure == "kronecker" if view.kind == "embedding" else wanted.module is not None
+    embeds = view.kind == "embedding"
+    fits = wanted.embedding is not None or structure == "kronecker" if embeds else wanted.module is not None
     if not fits:
-        allowed = "kronecker or low_rank" if view.kind == "embedding" else "one for linear layers, e.g. low_rank"
-        article = "an embedding" if view.kind == "embedding" else "a linear layer"
+        allowed = "kronecker, low_rank or tensor_train" if embeds else "one for linear layers, e.g. low_rank"
+        article = "an embedding" if embeds else "a linear layer"
         raise RecipeError(f"structure {structure!r} cannot replace {article}; use {allowed}")
 
 
