@@ -100,6 +100,7 @@ def test_the_same_function_as_those_blocks(name, keep, tmp_path):
     student = truncate(model, keep)
     assert type(student) is type(model)
     assert depth_of(student) == 1 == student.config.num_hidden_layers
+    assert student.config.kept_layers == keep
     torch.testing.assert_close(student(ids).logits, blocks_alone(model, keep, ids), rtol=0, atol=1e-5)
     # nothing shared, the original as it was, ties as they were
     assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in student.parameters()}
@@ -111,6 +112,8 @@ def test_the_same_function_as_those_blocks(name, keep, tmp_path):
     student.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(ids).logits, student(ids).logits)
+    assert again.config.kept_layers == keep
+    assert truncate(student, [0]).config.kept_layers == [0]
     mask = torch.ones_like(ids)
     cached, plain = (
         student.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, use_cache=use, pad_token_id=0)

@@ -199,3 +199,16 @@ def test_nothing_to_permute_means_no_plain_control(options, tmp_path):
 def test_refusals(first, later, message):
     with pytest.raises(RecipeError, match=message):
         kf.plan(pico.config(), recipe(first, *later))
+
+
+@pytest.mark.parametrize(
+    ("name", "terms"), [("distilgpt2", {"kl", "cosine", "ce"}), ("kngpt2", {"embedding", "attention", "hidden", "ce"})]
+)
+def test_shipped_recipes_heal_by_their_papers_losses(options, tmp_path, name, terms):
+    settings = {**vars(options), "recipe": name, "heal_tokens": 8 * 2048, "controls": ()}
+    document = run(RunOptions(**settings), tmp_path / "out")
+    (stage,) = document["stages"]
+    assert terms <= set(stage["losses"][0])
+    assert stage["after_healing"] < stage["before_healing"]
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert getattr(student.config, "kept_layers", None) == ([0, 3] if name == "distilgpt2" else None)

@@ -97,7 +97,7 @@ def truncate(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
     """A new model of the same class with the blocks `keep` (0-based) of `model`, which is unchanged.
 
     Embeddings, final norm and head are copied, tied as they were; nothing is shared with `model`. Block `keep[i]` is
-    block i of the new model, whose config says so. Structured layers are kept. Works on the meta device.
+    block i of the new model; its config has `kept_layers`. Structured layers are kept. Works on the meta device.
 
     Raises:
         InputError: indices as in `kept_layers`; a model whose config cannot describe what would be left.
@@ -132,13 +132,17 @@ def _renumber(block: nn.Module, old: int, new: int) -> None:
 
 
 def _shorten(config: PretrainedConfig, keep: Sequence[int], depth: int) -> None:
-    """Let the config describe the kept blocks: their number, and every list that has one entry per block."""
+    """Let the config describe the kept blocks: their number, and every list that has one entry per block.
+
+    `kept_layers` says which they were; distillation pairs them with those of the model they come from.
+    """
     for name, value in list(vars(config).items()):
-        if "layer" in name and isinstance(value, list | tuple) and len(value) == depth:
+        if "layer" in name and name != "kept_layers" and isinstance(value, list | tuple) and len(value) == depth:
             setattr(config, name, type(value)(value[i] for i in keep))
     if hasattr(config, "attention_types") and hasattr(config, "attention_layers"):  # GPT-Neo expands one to the other
         config.attention_types = [[list(config.attention_layers), 1]]
     config.num_hidden_layers = len(keep)
+    config.kept_layers = list(keep)
 
 
 def _check_config(student: PreTrainedModel, family: Family) -> None:

@@ -111,16 +111,22 @@ def check_rows(views: Mapping[str, LinearView], rows: Iterable[PlanRow]) -> None
 def check_kind(view: LinearView, structure: str) -> None:
     """Raises RecipeError: a structure for embeddings at a linear layer, or the reverse."""
     wanted = STRUCTURES.get(structure)
-    fits = wanted.for_embedding or structure == "kronecker" if view.kind == "embedding" else wanted.module is not None
+    embeds = view.kind == "embedding"
+    fits = wanted.embedding is not None or structure == "kronecker" if embeds else wanted.module is not None
     if not fits:
-        allowed = "kronecker or low_rank" if view.kind == "embedding" else "one for linear layers, e.g. low_rank"
-        article = "an embedding" if view.kind == "embedding" else "a linear layer"
+        allowed = "kronecker, low_rank or tensor_train" if embeds else "one for linear layers, e.g. low_rank"
+        article = "an embedding" if embeds else "a linear layer"
         raise RecipeError(f"structure {structure!r} cannot replace {article}; use {allowed}")
 
 
 def spec_of(row: PlanRow) -> Any:
     """The typed spec of a row."""
-    return STRUCTURES.get(row.spec["structure"]).read_spec({k: v for k, v in row.spec.items() if k != "head"})
+    return STRUCTURES.get(row.spec["structure"]).read_spec(_of_the_weight(row.spec))
+
+
+def _of_the_weight(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's spec without what it says of the head and of the fitting."""
+    return {key: value for key, value in spec.items() if key not in ("head", "init")}
 
 
 def check_plan(made: Plan, model_or_config: PreTrainedModel | PretrainedConfig) -> Cost:
@@ -208,6 +214,8 @@ def _row(view: LinearView, entry: CompressRecipe) -> PlanRow:
     check_kind(view, entry.structure)
     spec = structure.ask(view.shape, entry.model_dump())
     spec_dict: dict[str, Any] = {"structure": entry.structure, **spec.to_dict()}
+    if entry.init != "van_loan":
+        spec_dict["init"] = entry.init
     if view.kind == "embedding":
         if entry.structure == "kronecker":
             if spec.b[0] != 1:
@@ -237,7 +245,7 @@ def specs_after(
     for row in rows:
         view = views[row.name]
         spec = spec_of(row)
-        module_spec = {key: value for key, value in row.spec.items() if key != "head"}
+        module_spec = _of_the_weight(row.spec)
         if row.spec["structure"] == "kronecker":
             module_spec |= {"permute_in": spec.searches_in, "permute_out": spec.searches_out}
         elif row.spec["structure"] == "low_rank":

@@ -78,6 +78,9 @@ class CompressRecipe(_Strict):
         block: Kronecker: (out_b, in_b), canonical orientation; the A factor follows from the weight's shape.
         rank: Kronecker: number of terms (default 1); low rank: the rank. ratio: low rank: share of numbers kept.
         permute: Kronecker: which sides the permutation search may reorder.
+        init: Kronecker: what the factors start from: van_loan (the nearest sum), modified_van_loan (the same, scaled
+            for training), or pruning (some of the weight's own entries; without permutations).
+        cores: tensor_train: how many dimensions each row is split into (default 2); it takes a ratio too.
         terms: sum: the structures to add up, each with its own block, rank, ratio, permute.
         head: embeddings only: tied (the LM head reads the factors) or untied (it keeps a dense copy, as published).
     """
@@ -89,6 +92,8 @@ class CompressRecipe(_Strict):
     rank: int | None = Field(None, ge=1)
     ratio: float | None = Field(None, gt=0, le=1)
     permute: Literal["both", "in", "out", "none"] = "both"
+    init: Literal["van_loan", "modified_van_loan", "pruning"] = "van_loan"
+    cores: int | None = Field(None, ge=2)
     terms: list[TermRecipe] | None = None
     head: Literal["tied", "untied"] = "tied"
 
@@ -101,6 +106,12 @@ class CompressRecipe(_Strict):
     def _terms_of_a_sum(self) -> CompressRecipe:
         if self.terms is not None and self.structure != "sum":
             raise ValueError(f"terms belong to structure sum, not to {self.structure}")
+        if self.cores is not None and self.structure != "tensor_train":
+            raise ValueError(f"cores belong to structure tensor_train, not to {self.structure}")
+        if self.init != "van_loan" and self.structure != "kronecker":
+            raise ValueError(f"init belongs to structure kronecker, not to {self.structure}")
+        if self.init == "pruning" and self.permute != "none":
+            raise ValueError("init pruning keeps entries by their place and permutes nothing; say `permute: none`")
         return self
 
     def without_permutations(self) -> CompressRecipe:

@@ -127,10 +127,11 @@ def _sizes(row: PlanRow) -> list[PlanRow]:
     sizes: Callable[[Any], list[Any]] | None = STRUCTURES.get(row.spec["structure"]).sizes
     if sizes is None:
         return [row]
-    kept = {key: row.spec[key] for key in ("structure", "head") if key in row.spec}
+    written = planning.spec_of(row)
+    kept = {key: value for key, value in row.spec.items() if key not in written.to_dict()}
     return [
         replace(row, spec={**spec.to_dict(), **kept}, label=spec.label(), held_parameters=spec.held_parameters)
-        for spec in sizes(planning.spec_of(row))
+        for spec in sizes(written)
         if spec.held_parameters < row.teacher_parameters
     ] or [row]
 
