@@ -33,9 +33,8 @@ def encode_examples(examples: Examples, task: Task, tokenizer: Any, max_length: 
     firsts = tokenizer([texts[0] for texts in examples.texts], verbose=False)["input_ids"]
     seconds: list[list[int]] = [[]] * len(examples)
     if len(task.columns) == 2:
-        seconds = tokenizer([texts[1] for texts in examples.texts], add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
+        others = [texts[1] for texts in examples.texts]
+        seconds = tokenizer(others, add_special_tokens=False, verbose=False)["input_ids"]
     rows = []
     for number, (first, second, label) in enumerate(zip(firsts, seconds, examples.labels, strict=True), 1):
         ids = _fit(list(first), list(second), between if second else [], max_length)

@@ -49,3 +49,27 @@ def task_table(results: Mapping[str, Mapping[str, Any]], title: str) -> Renderab
             if comma and numbers.known(value) and not metric.endswith("_stderr"):
                 table.add_row(Text(task), Text(metric), f"{value:.4f}")
     return table
+
+
+def finetune_table(found: Document) -> RenderableType:
+    """One row per seed, then mean and standard deviation; the teacher's numbers under them."""
+    metrics = list(found["summary"])
+    title = (
+        f"{escape(str(found['model']))} on {found['task']}, {numbers.count(found['held_parameters'])} held parameters"
+    )
+    table = simple_table(title, ["Seed", "Best epoch", *metrics, "Seconds"], 1)
+    for one in found["seeds"]:
+        values = [_points(one["best"][metric]) for metric in metrics]
+        mark = " *" if one["seed"] == found["saved_seed"] else ""
+        table.add_row(f"{one['seed']}{mark}", str(one["best_epoch"]), *values, f"{one['seconds']:.1f}")
+    if len(found["seeds"]) > 1:
+        means = [f"{_points(one['mean'])} ± {_points(one['std'])}" for one in found["summary"].values()]
+        table.add_row("mean ± std", "", *means, "")
+    if found["teacher"]:
+        table.add_row("teacher", "", *(_points(found["teacher"]["dev"][metric]) for metric in metrics), "")
+    said = "Dev set, in percent; best epoch by the dev set itself. *: the model saved."
+    return Group(table, Text(said, style="dim"))
+
+
+def _points(value: Any) -> str:
+    return f"{100 * value:.2f}" if numbers.known(value) else numbers.NOT_MEASURED

@@ -54,18 +54,14 @@ class FineTuneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        bad = [
-            f"{name}={getattr(self, name)} (at least 1)" for name in ("epochs", "batch_size") if getattr(self, name) < 1
-        ]
+        counts = {"epochs": self.epochs, "batch_size": self.batch_size}
+        bad = [f"{name}={value} (at least 1)" for name, value in counts.items() if value < 1]
         if not 0 < self.learning_rate < 1:
             bad.append(f"learning_rate={self.learning_rate} (between 0 and 1; 5e-5 is usual)")
         if not 0 <= self.warmup < 1:
             bad.append(f"warmup={self.warmup} (a share of the steps, from 0 to below 1)")
-        bad += [
-            f"{name}={getattr(self, name)} (0 or above)"
-            for name in ("weight_decay", "max_grad_norm")
-            if not 0 <= getattr(self, name) < math.inf
-        ]
+        limits = {"weight_decay": self.weight_decay, "max_grad_norm": self.max_grad_norm}
+        bad += [f"{name}={value} (0 or above)" for name, value in limits.items() if not 0 <= value < math.inf]
         if bad:
             raise InputError(f"Fine-tuning cannot be done with {'; '.join(bad)}.")
 
@@ -212,7 +208,7 @@ class _Epochs(TrainerCallback):
             )
         score, dev = self.measure(model)
         # Where an epoch is shorter than a step, several end at once: they share what was measured.
-        for _ in range(self.ends.count(state.global_step)):
+        for _end in range(self.ends.count(state.global_step)):
             self.epochs.append({"epoch": len(self.epochs) + 1, "score": score, "dev": dev, "losses": losses})
             if len(self.epochs) == 1 or score > self.epochs[self.best]["score"]:
                 self.best = len(self.epochs) - 1
