@@ -85,6 +85,23 @@ def test_notes_say_what_was_turned(model):
     assert "at their smallest" in plan_at_size(model, HALVES, 0.2 * whole).note
 
 
+def test_a_recipe_for_some_blocks_takes_in_others_when_it_must():
+    model = pico.gpt2(n_layer=4)
+    whole = sum(p.numel() for p in model.parameters())
+    odd = recipe({"modules": ["role:mlp_in", "role:mlp_out"], "blocks": "odd", "block": [1, 2], "permute": "none"})
+    own = kf.plan(model, odd)
+    everywhere = kf.plan(model, recipe({**odd.stages[0].compress[0].model_dump(), "blocks": "all"}))
+    middle = (own.held_parameters + everywhere.held_parameters) / 2
+    sized = plan_at_size(model, odd, middle, tolerance=0.01)
+    assert everywhere.held_parameters < sized.plan.held_parameters <= middle
+    assert {row.name for row in own.rows} < {row.name for row in sized.plan.rows}  # its own first, then the others
+    assert "taken to the other blocks too" in sized.note
+    assert "left dense" in sized.note
+    floor = plan_at_size(model, odd, 0.2 * whole)
+    assert floor.plan.held_parameters == everywhere.held_parameters
+    assert not floor.reached
+
+
 def test_a_factor_that_is_factored_again_never_stays_dense(model):
     """tqcompressor halves the embedding twice: with the second halving gone, the first must still be there."""
     whole = sum(p.numel() for p in model.parameters())

@@ -5,7 +5,9 @@ A comparison is fair at equal held parameters, and every recipe comes in a size 
 1. a truncation that names a strategy: how many blocks it keeps;
 2. ranks, all by one factor, so that the recipe keeps its proportions; what is left of the budget then raises single
    matrices by one step, in order;
-3. where the ranks are at their highest and the model is still too small, matrices stay dense, the last ones first.
+3. where the ranks are at their highest and the model is still too small, matrices stay dense, the last ones first;
+4. where all is at its smallest and the model still too big, entries for some blocks take in the same matrices of the
+   others too, as many as it takes.
 
 What a recipe leaves alone stays alone, so some sizes cannot be reached; the note says why.
 """
@@ -18,6 +20,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from kronfold.base.errors import RecipeError
 from kronfold.models.structures import STRUCTURES
 from kronfold.planner import planning
 from kronfold.planner.plan import Plan, PlanRow
@@ -48,6 +51,7 @@ class _Dial:
 
     row: PlanRow
     choices: list[PlanRow | None]
+    added: bool = False  # not in the recipe as it is written
 
     def numbers(self, index: int) -> int:
         choice = self.choices[index]
@@ -84,9 +88,11 @@ def plan_at_size(
         return Sized(written, own, True, "its own size")
     if not written.rows:
         return _truncated(model_or_config, recipe, written, amount, tolerance)
-    dials = _dials(written)
-    chosen, note = _turned(dials, own - sum(dial.row.held_parameters for dial in dials), amount)
-    made = _with_choices(written, dials, chosen)
+    plan, dials = written, _dials(written, written)
+    if _total(plan, dials, [0] * len(dials)) > amount and (wider := _in_all_blocks(model_or_config, recipe)):
+        plan, dials = wider, _dials(wider, written)
+    chosen, note = _turned(plan, dials, amount)
+    made = _with_choices(plan, dials, chosen)
     made.cost, made.gathers = planning.recount(made, model_or_config)
     reached = abs(made.held_parameters - amount) <= tolerance * amount
     if not reached:
@@ -116,10 +122,34 @@ def _truncated(
     return Sized(made, own, False, f"{amount:,.0f} is out of reach: {note}{step} ({made.held_parameters:,})")
 
 
-def _dials(plan: Plan) -> list[_Dial]:
-    rows = plan.rows
+def _in_all_blocks(model_or_config: PreTrainedModel | PretrainedConfig, recipe: Recipe) -> Plan | None:
+    """The plan with every entry for some of the blocks taking in all; None where nothing changes or entries collide."""
+    stages = [
+        stage.model_copy(update={"compress": [entry.model_copy(update={"blocks": "all"}) for entry in stage.compress]})
+        for stage in recipe.stages
+    ]
+    if stages == recipe.stages:
+        return None
+    try:
+        return planning.plan(model_or_config, recipe.model_copy(update={"stages": stages}))
+    except RecipeError:
+        return None
+
+
+def _dials(plan: Plan, written: Plan) -> list[_Dial]:
+    """A dial per row of `plan`, which may hold more rows than the recipe as it is `written`."""
+    rows, own = plan.rows, {row.name for row in written.rows}
     last = {row.name: i for i, row in enumerate(rows)}  # a factor that a later row factors again cannot stay dense
-    return [_Dial(row, [*_sizes(row), *([None] if last[row.name] == i else [])]) for i, row in enumerate(rows)]
+    return [
+        _Dial(row, [*_sizes(row), *([None] if last[row.name] == i else [])], row.name not in own)
+        for i, row in enumerate(rows)
+    ]
+
+
+def _total(plan: Plan, dials: Sequence[_Dial], chosen: Sequence[int]) -> int:
+    """Held parameters of the model with these choices."""
+    outside = plan.held_parameters - sum(dial.row.held_parameters for dial in dials)
+    return outside + sum(dial.numbers(i) for dial, i in zip(dials, chosen, strict=True))
 
 
 def _sizes(row: PlanRow) -> list[PlanRow]:
@@ -136,50 +166,57 @@ def _sizes(row: PlanRow) -> list[PlanRow]:
     ] or [row]
 
 
-def _turned(dials: Sequence[_Dial], outside: int, amount: float) -> tuple[list[int], str]:
-    """A choice per dial, and what was turned. `outside`: numbers the model holds apart from the rows as written."""
-    shift = outside - amount  # rows may hold -shift numbers in all
+def _turned(plan: Plan, dials: Sequence[_Dial], amount: float) -> tuple[list[int], str]:
+    """A choice per dial so that the model holds at most `amount`, and what was turned."""
 
-    def excess(chosen: Sequence[int]) -> float:
-        return shift + sum(dial.numbers(i) for dial, i in zip(dials, chosen, strict=True))
+    def fits(chosen: Sequence[int]) -> bool:
+        return _total(plan, dials, chosen) <= amount
 
     def scaled(factor: float) -> list[int]:
         return [dial.below(factor * dial.row.held_parameters) for dial in dials]
 
-    lowest = [0] * len(dials)
-    if excess(lowest) > 0:
+    lowest, tops = [0] * len(dials), [dial.top for dial in dials]
+    if not fits(lowest):
         return lowest, "its matrices are at their smallest and the rest of the model stays as it is"
     low, high = 0.0, 1.0
-    while excess(scaled(high)) <= 0 and any(i < dial.top for dial, i in zip(dials, scaled(high), strict=True)):
+    while fits(scaled(high)) and scaled(high) != tops:
         high *= 2
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if excess(scaled(middle)) <= 0 else (low, middle)
-    chosen = scaled(high) if excess(scaled(high)) <= 0 else scaled(low)
-    _raise(dials, chosen, excess, [dial.top for dial in dials])
-    if all(i == dial.top for dial, i in zip(dials, chosen, strict=True)):
-        _raise(dials, chosen, excess, [len(dial.choices) - 1 for dial in dials])
-    dense = sum(dial.choices[i] is None for dial, i in zip(dials, chosen, strict=True))
-    if dense:
-        return chosen, f"{dense} of its {len(dials)} matrices left dense"
-    own = sum(dial.row.held_parameters for dial in dials)
-    now = sum(dial.numbers(i) for dial, i in zip(dials, chosen, strict=True))
-    return chosen, f"ranks changed: its matrices hold {now / own:.2f} x as many numbers as written"
+        low, high = (middle, high) if fits(scaled(middle)) else (low, middle)
+    chosen = scaled(high) if fits(scaled(high)) else scaled(low)
+    room = amount - _total(plan, dials, chosen)
+    room = _raise(dials, chosen, room, tops)
+    if chosen == tops:
+        _raise(dials, chosen, room, [len(dial.choices) - 1 for dial in dials])
+    return chosen, _note(dials, chosen)
 
 
-def _raise(
-    dials: Sequence[_Dial], chosen: list[int], excess: Callable[[Sequence[int]], float], tops: Sequence[int]
-) -> None:
-    """Raise single dials by one step, the last first, as long as the size allows; in place."""
-    room, moved = -excess(chosen), True
+def _note(dials: Sequence[_Dial], chosen: Sequence[int]) -> str:
+    pairs = list(zip(dials, chosen, strict=True))
+    parts = ["taken to the other blocks too"] if any(dial.added and dial.choices[i] for dial, i in pairs) else []
+    own = sum(dial.row.held_parameters for dial, i in pairs if dial.choices[i])
+    now = sum(dial.numbers(i) for dial, i in pairs if dial.choices[i])
+    if now != own:
+        parts.append(f"ranks changed, its matrices hold {now / own:.2f} x as many numbers as written")
+    if dense := sum(dial.choices[i] is None for dial, i in pairs):
+        parts.append(f"{dense} of {len(dials)} matrices left dense")
+    return "; ".join(parts)
+
+
+def _raise(dials: Sequence[_Dial], chosen: list[int], room: float, tops: Sequence[int]) -> float:
+    """Raise single dials by one step, added rows and the last first, while there is room. Returns what room is left."""
+    order = sorted(range(len(dials)), key=lambda i: (dials[i].added, i), reverse=True)
+    moved = True
     while moved:
         moved = False
-        for i in reversed(range(len(dials))):
+        for i in order:
             if chosen[i] >= tops[i]:
                 continue
             step = dials[i].numbers(chosen[i] + 1) - dials[i].numbers(chosen[i])
             if step <= room:
                 chosen[i], room, moved = chosen[i] + 1, room - step, True
+    return room
 
 
 def _with_choices(plan: Plan, dials: Sequence[_Dial], chosen: Sequence[int]) -> Plan:
