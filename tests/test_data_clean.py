@@ -320,7 +320,7 @@ def test_slurm_gets_a_chain_of_arrays_and_resume_collects(tmp_path, monkeypatch)
     ]  # fmt: skip
     assert "--dependency" not in jobs[0].splitlines()[0]
     assert all("--dependency=afterok:" in text.splitlines()[0] for text in jobs[1:])
-    with pytest.raises(DataError, match="filters 4|filters \\d"):
+    with pytest.raises(DataError, match="tasks missing: filters"):
         clean(source, tmp_path / "out", resume=True, **cluster)
 
     import dill
