@@ -190,7 +190,7 @@ def heal_row(student: Any, teacher: Any, blocks: Any, options: argparse.Namespac
         blocks,
         device="cpu",
         tokens=options.heal_tokens,
-        batch_size=16,
+        batch_size=8,
         objective=OBJECTIVES[objective],
         seed=options.seed,
     )

@@ -82,14 +82,12 @@ def _prepare(partial: Path, source: str | Path, settings: CleanSettings, resume:
                 f"{partial} was begun with other {', '.join(changed)}. Give the same, or start anew with overwrite."
             )
         return partial
-    if partial.exists():
-        if not overwrite:
-            raise OutputError(
-                f"{partial} holds an unfinished run. Pass resume to continue it, or overwrite to start anew."
-            )
-        shutil.rmtree(partial)
+    if partial.exists() and not (overwrite or resume):
+        raise OutputError(f"{partial} holds an unfinished run. Pass resume to continue it, or overwrite to start anew.")
     next(documents(source, text_column=settings.text_column))  # a source that cannot be read leaves nothing behind
     with explain_write_errors(partial):
+        if partial.exists():
+            shutil.rmtree(partial)
         partial.mkdir(parents=True)
         write_json(note, asked)
     return partial

@@ -78,7 +78,7 @@ class ShardWriter:
             self.file = parquet.ParquetWriter(self.folder / f"{self.shards:05d}.parquet", self.schema)
             self.shards += 1
         self.ids.append(name)
-        # A lone surrogate cannot be stored as UTF-8; U+FFFD is what any reader would show.
+        # A lone surrogate (JSON can hold one) cannot be stored as UTF-8; it becomes a question mark.
         self.texts.append(text.encode("utf-8", "replace").decode() if not text.isascii() else text)
         self.held += len(text)
         if len(self.ids) >= _ROWS or self.held >= self.limit:
