@@ -88,7 +88,8 @@ class FineTuneResult:
 class LengthGroupedStream(ShuffledStream):
     """The stream of `ShuffledStream`, where sequences of like length stand together, so that little is padded.
 
-    Each epoch is shuffled, sorted by length within pieces of 32 batches, and its batches are shuffled again.
+    Each epoch is shuffled, sorted by length within pieces of 32 batches, and its batches are shuffled again. Where an
+    epoch ends inside a batch, the next one fills it up.
     """
 
     def __init__(self, data: Sequence[Mapping[str, Any]], length: int, seed: int, batch_size: int) -> None:
@@ -96,14 +97,17 @@ class LengthGroupedStream(ShuffledStream):
         self.batch_size = batch_size
         self.lengths = [len(row["input_ids"]) for row in data]
 
-    def _shuffled(self, size: int, generator: torch.Generator) -> list[int]:
-        order = super()._shuffled(size, generator)
-        piece = _GROUP * self.batch_size
+    def _shuffled(self, epoch: int, size: int, generator: torch.Generator) -> list[int]:
+        order = super()._shuffled(epoch, size, generator)
+        filling = -epoch * size % self.batch_size  # places left in the last batch of the epoch before
+        whole = (size - filling) // self.batch_size * self.batch_size
         batches = []
-        for start in range(0, size, piece):
-            chosen = sorted(order[start : start + piece], key=lambda index: -self.lengths[index])
-            batches += [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
-        return [index for one in torch.randperm(len(batches), generator=generator).tolist() for index in batches[one]]
+        for start in range(filling, filling + whole, _GROUP * self.batch_size):
+            piece = order[start : min(start + _GROUP * self.batch_size, filling + whole)]
+            piece.sort(key=lambda index: -self.lengths[index])
+            batches += [piece[i : i + self.batch_size] for i in range(0, len(piece), self.batch_size)]
+        middle = [index for one in torch.randperm(len(batches), generator=generator).tolist() for index in batches[one]]
+        return [*order[:filling], *middle, *order[filling + whole :]] if whole > 0 else order
 
 
 def fine_tune(
@@ -173,6 +177,7 @@ def _arguments(config: FineTuneConfig, steps: int, place: str, device: str) -> T
         use_cpu=on_cpu,
         seed=config.seed,
         logging_strategy="no",
+        logging_nan_inf_filter=False,  # it would hide a diverged run behind the average of earlier losses
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
