@@ -292,7 +292,7 @@ def test_mate_raises_the_divergence_of_a_planted_pair():
 
     first = [written(1000 + i) for i in range(5)]
     for step in range(60):
-        terms, ascent = method_.extra_terms(pair, features, Batch(even(features), Moment(step, 100)), True)
+        _, ascent = method_.extra_terms(pair, features, Batch(even(features), Moment(step, 100)), True)
         assert ascent.item() == 0
         adam.zero_grad()
         ascent.backward()
@@ -306,7 +306,7 @@ def test_mate_gradients_of_the_max_step_reach_the_generator_only_and_point_uphil
     student, teacher, features = gpt2(0, dropout=0.0).eval(), gpt2(1, dropout=0.0).eval(), text()
     method_, pair = mate(student, teacher)
     batch = Batch(even(features), Moment(0, 10))
-    terms, ascent = method_.extra_terms(pair, features, batch, True)
+    _, ascent = method_.extra_terms(pair, features, batch, True)
     ascent.backward()
     assert all(p.grad is None for p in [*student.parameters(), *teacher.parameters()])
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in method_.generator.base.h[0].parameters())

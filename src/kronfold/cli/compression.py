@@ -200,7 +200,7 @@ def heal(
     json: t.Json = False,
 ) -> None:
     """Continue training a compressed model by distillation from the original."""
-    from kronfold.pipelines.checkpoint import heal_to
+    from kronfold.pipelines.healing import heal_to
     from kronfold.planner.recipe import HealRecipe, validate
 
     device = t.prepare(device, seed)

@@ -28,9 +28,9 @@ from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer
 from kronfold.pipelines.auto import calibrate_on, settings_of
 from kronfold.pipelines.calibration import Calibration
-from kronfold.pipelines.checkpoint import heal_by
 from kronfold.pipelines.compare_rows import Objective, Row, check_rows, row_of, with_budget
 from kronfold.pipelines.gathers import absorb_gathers
+from kronfold.pipelines.healing import heal_by
 from kronfold.pipelines.progressive import run_stages
 from kronfold.pipelines.run_state import Report, Run, RunOptions
 from kronfold.pipelines.stage import keep_layers

@@ -29,8 +29,8 @@ from kronfold.models.load import load_model, load_tokenizer
 from kronfold.models.surgery import read_specs
 from kronfold.pipelines.auto import calibrate_on, plan_auto, settings_of
 from kronfold.pipelines.calibration import Calibration
-from kronfold.pipelines.checkpoint import heal_by
 from kronfold.pipelines.gathers import absorb_gathers
+from kronfold.pipelines.healing import heal_by
 from kronfold.pipelines.objectives import check_objectives
 from kronfold.pipelines.run_state import Control, Report, Run, RunOptions
 from kronfold.pipelines.stage import keep_layers
