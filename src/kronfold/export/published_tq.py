@@ -12,6 +12,7 @@ The layers of that checkpoint, as they are described (no code of theirs is used)
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -175,7 +176,9 @@ def _config_of(tensors: Mapping[str, Tensor], given: GPT2Config | None, heads: i
     inner = tensors.get(_BODY + "h.0.mlp.c_fc.bias")
     if not blocks or inner is None:
         raise CheckpointError("There is no transformer.h.0.mlp.c_fc: this is no complete GPT-2 state dict.")
-    config = GPT2Config() if given is None else given
+    config = GPT2Config() if given is None else copy.deepcopy(given)
+    for name in ("auto_map", "quantization_config"):  # ours is a plain GPT-2
+        config.__dict__.pop(name, None)
     heads = heads or (config.n_head if given is not None else width // _HEAD_SIZE)
     if heads < 1 or width % heads:
         raise InputError(
