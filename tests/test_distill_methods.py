@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
+import tempfile
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -24,6 +27,13 @@ from train_examples import VOCABULARY, Blocks
 # method -> options that switch on everything it has
 METHOD_OPTIONS = {
     "kd": {},
+    "annealing": {"max_temperature": 4, "regression": 0.6},
+    "pkd": {"patient": 1.0},
+    "minilm": {"attention": 1.0, "values": 1.0},
+    "rail": {"random_layers": 1.0},
+    "alp": {"projected": 1.0},
+    "mate": {"adversarial": 0.5, "every": 2, "generator_layers": 1},
+    "ctcd": {"teacher_ce": 1.0, "teacher_kl": 0.5},
     "intermediate": {"embedding": 1.0, "attention": 1.0, "hidden": 1.0, "cosine": 0.5},
 }
 NAMES = sorted(METHOD_OPTIONS)
@@ -31,7 +41,16 @@ NAMES = sorted(METHOD_OPTIONS)
 
 def pair(width=16, heads=2, student_layers=2):
     """(student, teacher): the teacher is 16 wide, 4 blocks deep, with 2 heads, and has learnt something."""
-    return model(0, student_layers, width, heads), model(1, 4)
+    return model(0, student_layers, width, heads), copy.deepcopy(taught())
+
+
+@functools.cache
+def taught():
+    """A model that has learnt the language of `Blocks` in part."""
+    teacher = model(1, 4)
+    config = ObjectiveConfig(kl=0, ce=1)
+    heal(teacher, None, Blocks(240), steps=40, batch_size=8, learning_rate=1e-2, bf16=False, objective=config)
+    return teacher
 
 
 def model(seed, layers, width=16, heads=2, kind=GPT2LMHeadModel, **options):
@@ -93,20 +112,34 @@ def losses(loop, name="loss"):
     return [log[name] for log in loop.state.log_history if name in log and "train_runtime" not in log]
 
 
+@torch.no_grad()
+def divergence(student, teacher):
+    """KL(teacher ‖ student) per token on all blocks."""
+    ids = torch.stack([Blocks(24)[i]["input_ids"] for i in range(24)])
+    z, t = (model.eval()(ids).logits.log_softmax(-1) for model in (student, teacher))
+    return (t.exp() * (t - z)).sum(-1).mean().item()
+
+
+@torch.no_grad()
+def task_loss(model, data):
+    items = [data[i] for i in range(len(data))]
+    ids, mask = (torch.stack([item[key] for item in items]) for key in ("input_ids", "attention_mask"))
+    logits, labels = model.eval()(ids, attention_mask=mask).logits, torch.tensor([item["labels"] for item in items])
+    return logits, (F.cross_entropy(logits, labels) if data.classes > 1 else (logits[:, 0] - labels).square().mean())
+
+
 def test_every_method_is_in_the_table():
     assert METHODS.names() == NAMES
 
 
-@pytest.mark.parametrize("width", [16, 12])
 @pytest.mark.parametrize("name", NAMES)
-def test_it_trains_on_text(tmp_path, name, width):
-    student, teacher = pair(width)
+def test_it_trains_on_text_with_a_narrower_student(tmp_path, name):
+    student, teacher = pair(12)
     loop = trainer(tmp_path, student, teacher, Blocks(240), objective(name))
-    before = copy.deepcopy(teacher.state_dict())
+    before, apart = copy.deepcopy(teacher.state_dict()), divergence(student, teacher)
     loop.train()
-    found = losses(loop)
-    assert all(torch.tensor(found).isfinite())
-    assert sum(found[-5:]) < sum(found[:5])
+    assert all(torch.tensor(losses(loop)).isfinite())
+    assert divergence(student, teacher) < 0.9 * apart
     for term in loop.objective.method.term_weights:
         column = losses(loop, term)
         assert len(column) == 30
@@ -115,31 +148,35 @@ def test_it_trains_on_text(tmp_path, name, width):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+@functools.cache
+def taught_classifier(labels):
+    teacher = model(1, 3, kind=GPT2ForSequenceClassification, num_labels=labels)
+    config = ObjectiveConfig(kl=0, ce=1)
+    with tempfile.TemporaryDirectory() as place:
+        trainer(place, teacher, None, Sentences(240, labels), config, max_steps=60, logging_steps=60).train()
+    return teacher
+
+
 @pytest.mark.parametrize("labels", [2, 1])
 @pytest.mark.parametrize("name", NAMES)
 def test_it_fine_tunes_a_classifier_and_a_regression(tmp_path, name, labels):
-    kind = {"kind": GPT2ForSequenceClassification, "num_labels": labels}
-    student, teacher = model(0, 2, **kind), model(1, 4, **kind)
-    loop = trainer(tmp_path, student, teacher, Sentences(240, labels), objective(name))
+    student, teacher = model(0, 2, kind=GPT2ForSequenceClassification, num_labels=labels), taught_classifier(labels)
+    data = Sentences(240, labels)
+    loop = trainer(tmp_path, student, copy.deepcopy(teacher), data, objective(name))
+    before = task_loss(student, data)[1]
     loop.train()
-    found = losses(loop)
-    assert all(torch.tensor(found).isfinite())
-    assert sum(found[-5:]) < sum(found[:5])
-    output = loop.predict(Sentences(7, labels))
-    assert output.predictions.shape == (7, labels)
-    with torch.no_grad():
-        items = [Sentences(7, labels)[i] for i in range(7)]
-        ids, mask = (torch.stack([item[key] for item in items]) for key in ("input_ids", "attention_mask"))
-        expected = student.eval()(ids, attention_mask=mask).logits
-    torch.testing.assert_close(torch.from_numpy(output.predictions), expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.tensor(losses(loop)).isfinite())
+    logits, after = task_loss(student, data)
+    assert after < before
+    torch.testing.assert_close(torch.from_numpy(loop.predict(data).predictions), logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("task", ["text", "classes"])
 @pytest.mark.parametrize("name", NAMES)
 def test_micro_batches_add_up_to_the_whole_batch(tmp_path, name, task):
-    """One step of plain gradient descent is the same for 8 x 1, 4 x 2 and 3 + 3 + 2 sequences."""
+    """One step of plain gradient descent is the same for 8 sequences at once and 3 + 3 + 2."""
     moved = []
-    for size, accumulate in ((8, 1), (4, 2), (2, 4)):
+    for size, accumulate in ((8, 1), (3, 3)):
         kind = {} if task == "text" else {"kind": GPT2ForSequenceClassification, "num_labels": 3}
         width = 12 if task == "text" else 16
         student, teacher = model(0, 2, width, **kind), model(1, 4, **kind)
@@ -151,27 +188,26 @@ def test_micro_batches_add_up_to_the_whole_batch(tmp_path, name, task):
         loop.train()
         everything = [*student.named_parameters(), *loop.objective.method.named_parameters()]
         moved.append({n: p.detach().clone() for n, p in everything})
-    for other in moved[1:]:
-        torch.testing.assert_close(other, moved[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one_and_the_student_stays_a_plain_model(tmp_path, name):
     options = {
-        "steps": 6, "batch_size": 3, "accumulate": 2, "bf16": False, "learning_rate": 1e-2,
+        "steps": 4, "batch_size": 3, "accumulate": 2, "bf16": False, "learning_rate": 1e-2,
         "objective": objective(name),
     }  # fmt: skip
     whole, teacher = pair(12)
     true = heal(whole, teacher, Blocks(20), **options)
     student = pair(12)[0]
     with pytest.raises(Stop):
-        heal(student, teacher, Blocks(20), output_dir=tmp_path, save_steps=2, callbacks=[StopAt(5)], **options)
+        heal(student, teacher, Blocks(20), output_dir=tmp_path, save_steps=2, callbacks=[StopAt(3)], **options)
     student = model(7, 2, 12)
     found = heal(student, teacher, Blocks(20), output_dir=tmp_path, resume=True, save_steps=2, **options)
-    assert found.resumed_from == 4
+    assert found.resumed_from == 2
     torch.testing.assert_close(student.state_dict(), whole.state_dict(), rtol=0, atol=0)
     assert [entry["loss"] for entry in found.losses[-1:]] == [entry["loss"] for entry in true.losses[-1:]]
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6", output_loading_info=True)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(loaded.state_dict(), student.state_dict(), rtol=0, atol=0)
 
@@ -198,7 +234,7 @@ def test_projections_are_trained_clipped_saved_and_missed(tmp_path):
     assert all(not torch.equal(states[0][key], states[1][key]) for key in states[0])
     for step in (1, 2):
         (tmp_path / f"checkpoint-{step}" / "method.pt").unlink()
-    with pytest.raises(CheckpointError, match="projections"):
+    with pytest.raises(CheckpointError, match="parameters of this run's method"):
         heal(pair(12)[0], teacher, Blocks(20), resume=True, save_steps=1, **options)
 
 

@@ -16,6 +16,9 @@ from kronfold.distill.losses import LOSSES
 from kronfold.distill.signals import Batch, Moment, Signals
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kronfold.distill.divergence import Pair
     from kronfold.distill.objective import ObjectiveConfig
 
 
@@ -51,17 +54,22 @@ class Method(nn.Module):
 
     Attributes:
         hidden: set by `bind`: hidden states are wanted.
+        seed: of the run, set before `bind`; what is drawn at a step shall depend on the seed and the step alone, so
+            that a resumed run draws the same.
         attention: set by `bind`: blocks whose attention is wanted.
     """
 
     options_type: ClassVar[type[MethodOptions]] = MethodOptions
     needs_teacher_always: ClassVar[bool] = False
+    trains_teacher: ClassVar[bool] = False
+    makes_inputs: ClassVar[bool] = False
 
     def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__()
         self.config = config
         self.options: Any = read_options(type(self), config.method, config.options)
         self.hidden = False
+        self.seed = 0
         self.attention = AttentionLayers()
         self.projections = nn.ModuleDict()
 
@@ -89,6 +97,34 @@ class Method(nn.Module):
     def terms(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
         """Named scalars beyond the losses of the logits, unweighted, each Σ of `batch.weights` · value per position."""
         return {}
+
+    # The rest is for methods that train more than the student.
+
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+        """Called after `bind`, with the models themselves; what is kept of them must be a copy. Raises InputError."""
+
+    def acting_teacher(self, teacher: PreTrainedModel) -> PreTrainedModel:
+        """The model to learn from. With `trains_teacher`, a copy that is a submodule of the method."""
+        return teacher
+
+    def partner_weights(self, moment: Moment) -> dict[str, float]:
+        """With `trains_teacher`: weights of the losses of the acting teacher, which learns from the student."""
+        return {}
+
+    def extra_terms(
+        self, pair: Pair, features: Mapping[str, Any], batch: Batch, learning: bool
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Terms on inputs of the method's own making, and a number to add to the loss as it is (None for nothing).
+
+        Args:
+            pair: student and teacher to run. features: of the micro-batch. learning: False while evaluating.
+        """
+        return {}, None
+
+    @property
+    def companions(self) -> list[nn.Parameter]:
+        """The method's parameters that are trained with the student."""
+        return [p for p in self.parameters() if p.requires_grad]
 
     def project(self, name: str, student: int, teacher: int) -> None:
         """Make a learned map called `name` from `student` to `teacher` channels, where these differ."""
@@ -123,6 +159,15 @@ def weight_faults(**weights: Any) -> list[str]:
     ]
 
 
+def whole_faults(least: int, **numbers: Any) -> list[str]:
+    """Sentences about values that are no whole numbers from `least` up."""
+    return [
+        f"{name}={value!r} must be a whole number, {least} or above"
+        for name, value in numbers.items()
+        if isinstance(value, bool) or not isinstance(value, int) or value < least
+    ]
+
+
 def layers_faults(**maps: Any) -> list[str]:
     """Sentences about layer maps that are neither a word nor a list of integers; `layer_map` checks the rest."""
     return [
@@ -144,4 +189,5 @@ def bind(method: Method, student: Shape, teacher: Shape | None, seed: int = 0) -
     """`method.bind`, with projections that depend on `seed` alone and no trace in torch's own random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        method.seed = seed
         method.bind(student, teacher)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -20,6 +20,8 @@ from kronfold.distill.losses import IGNORE, LOSSES, REGRESSION_LOSSES, count_tok
 from kronfold.distill.method import Method
 from kronfold.distill.methods import METHODS
 from kronfold.distill.signals import START, Batch, Moment, Signals, at_least_float32, causal_weights, sequence_weights
+
+Extra = Callable[[Batch], tuple[dict[str, Tensor], Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class Objective:
         shapes = [Shape.of(m) for m in (student, teacher) if m is not None]
         methods.bind(self.method, shapes[0], shapes[1] if teacher is not None else None, seed)
         wanted = self.method.attention
+        self.method.attach(student, teacher)
         for role, model, layers in (("student", student, wanted.student), ("teacher", teacher, wanted.teacher)):
             fault = attention_fault(model, layers, wanted.values) if model is not None and layers else None
             if fault:
@@ -128,6 +131,7 @@ class Objective:
         *,
         moment: Moment = START,
         signals: tuple[Signals, Signals] | None = None,
+        extra: Extra | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to differentiate, and each named loss by itself (unweighted, detached).
 
@@ -141,6 +145,7 @@ class Objective:
             moment: where the training stands, for methods with a schedule.
             signals: of student and teacher, for methods with terms beyond the logits. These are means over the
                 predicting positions, divided as all else.
+            extra: gives terms, and a number to add, on inputs of the method's own (`Method.extra_terms`).
 
         Raises:
             InputError: the objective needs a teacher and none is given.
@@ -149,27 +154,46 @@ class Objective:
         # them.
         shifted = torch.full_like(labels, IGNORE)
         shifted[:, :-1] = labels[:, 1:]
-        weights = self.method.weights(moment)
-        logit_weights = {name: weight for name, weight in weights.items() if name in LOSSES}
         items = count_tokens(shifted).clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        total, sums = student_hidden.new_zeros(()), student_hidden.new_zeros(0)
-        if logit_weights:
-            total, sums = chunked_loss(
-                student_hidden.flatten(0, 1),
-                student_head,
-                head_parameters(student_head),
-                shifted.flatten(),
-                logit_weights,
-                teacher_hidden=None if teacher_hidden is None else teacher_hidden.flatten(0, 1),
-                teacher_head=teacher_head,
-                temperature=self.method.temperature(moment),
-                chunk_tokens=self.config.chunk_tokens,
-            )
-        named = dict(zip(logit_weights, sums / items, strict=True))
+        weights = self.method.weights(moment)
+        sides = (student_hidden, student_head), (teacher_hidden, teacher_head)
+        total, named = self._chunked(*sides, shifted, weights, moment, items)
+        if partner := self.method.partner_weights(moment):
+            other, taught = self._chunked(sides[1], sides[0], shifted, partner, moment, items)
+            total, named = total + other, named | {f"teacher_{name}": value for name, value in taught.items()}
         if signals is None:
-            return total / items, named
+            return total, named
         batch = Batch(causal_weights(shifted, items, at_least_float32(student_hidden).dtype), moment)
-        return self._with_terms(total / items, named, weights, signals, batch)
+        return self._with_terms(total, named, weights, signals, batch, extra)
+
+    def _chunked(
+        self,
+        learner: tuple[Tensor | None, nn.Module | None],
+        other: tuple[Tensor | None, nn.Module | None],
+        shifted: Tensor,
+        weights: Mapping[str, float],
+        moment: Moment,
+        items: Tensor | int,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The losses of the logits of `learner` (hidden states, head), the other side held fixed."""
+        (hidden, head), (other_hidden, other_head) = learner, other
+        assert hidden is not None
+        assert head is not None
+        chosen = {name: weight for name, weight in weights.items() if name in LOSSES}
+        if not chosen:
+            return hidden.new_zeros((), dtype=at_least_float32(hidden).dtype), {}
+        total, sums = chunked_loss(
+            hidden.flatten(0, 1),
+            head,
+            head_parameters(head),
+            shifted.flatten(),
+            chosen,
+            teacher_hidden=None if other_hidden is None else other_hidden.detach().flatten(0, 1),
+            teacher_head=other_head,
+            temperature=self.method.temperature(moment),
+            chunk_tokens=self.config.chunk_tokens,
+        )
+        return total / items, dict(zip(chosen, sums / items, strict=True))
 
     def classify(
         self,
@@ -181,6 +205,7 @@ class Objective:
         *,
         moment: Moment = START,
         signals: tuple[Signals, Signals] | None = None,
+        extra: Extra | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The same for sequence classification and regression.
 
@@ -193,21 +218,37 @@ class Objective:
             attention_mask: (batch, length), 0 on padding; the positions that terms of the method are means over.
             num_items_in_batch: sequences of the whole batch. Default: those of this micro-batch.
         """
-        weights = self.method.weights(moment)
         items = len(labels) if num_items_in_batch is None else num_items_in_batch
+        weights = self.method.weights(moment)
         student = at_least_float32(student_logits)
         teacher = None if teacher_logits is None else at_least_float32(teacher_logits)
-        regression = student.shape[-1] == 1
-        total, named = student.new_zeros(()), {}
-        for name in [name for name in weights if name in LOSSES]:
-            plain = (name, LOSSES.get(name))
-            reported, loss = REGRESSION_LOSSES.get(name, plain) if regression else plain
-            value = loss.function(student, teacher, labels, self.method.temperature(moment)) / items
-            total, named[reported] = total + weights[name] * value, value.detach()
+        total, named = self._plain(student, teacher, labels, weights, moment, items)
+        if (partner := self.method.partner_weights(moment)) and teacher is not None:
+            other, taught = self._plain(teacher, student, labels, partner, moment, items)
+            total, named = total + other, named | {f"teacher_{name}": value for name, value in taught.items()}
         if signals is None:
             return total, named
         batch = Batch(sequence_weights(attention_mask, items, student.dtype), moment)
-        return self._with_terms(total, named, weights, signals, batch)
+        return self._with_terms(total, named, weights, signals, batch, extra)
+
+    def _plain(
+        self,
+        learner: Tensor,
+        other: Tensor | None,
+        labels: Tensor,
+        weights: Mapping[str, float],
+        moment: Moment,
+        items: Tensor | int,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The losses of logits (batch, classes), the other side held fixed."""
+        total, named = learner.new_zeros(()), {}
+        for name in [name for name in weights if name in LOSSES]:
+            plain = (name, LOSSES.get(name))
+            reported, loss = REGRESSION_LOSSES.get(name, plain) if learner.shape[-1] == 1 else plain
+            fixed = None if other is None else other.detach()
+            value = loss.function(learner, fixed, labels, self.method.temperature(moment)) / items
+            total, named[reported] = total + weights[name] * value, value.detach()
+        return total, named
 
     def _with_terms(
         self,
@@ -216,8 +257,10 @@ class Objective:
         weights: Mapping[str, float],
         signals: tuple[Signals, Signals],
         batch: Batch,
+        extra: Extra | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        for name, value in self.method.terms(*signals, batch).items():
+        terms, as_it_is = extra(batch) if extra else ({}, None)
+        for name, value in {**self.method.terms(*signals, batch), **terms}.items():
             if name in weights:
                 total, named[name] = total + weights[name] * value, value.detach()
-        return total, named
+        return (total if as_it_is is None else total + as_it_is), named

@@ -1,4 +1,4 @@
-"""Parameters of the distillation method (projections): trained and saved beside the student, never inside it."""
+"""Parameters of the distillation method (projections, ...): trained and saved beside the student, never inside it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from kronfold.base.errors import CheckpointError
+from kronfold.distill import Method
 
 FILE = "method.pt"  # in a Trainer checkpoint, beside optimizer.pt
 
@@ -17,12 +18,12 @@ FILE = "method.pt"  # in a Trainer checkpoint, beside optimizer.pt
 class MethodGradients(TrainerCallback):
     """What the Trainer does for the gradients of the student only: average over processes, clip, clear."""
 
-    def __init__(self, method: nn.Module, accelerator: Any) -> None:
+    def __init__(self, method: Method, accelerator: Any) -> None:
         self.method = method
         self.accelerator = accelerator
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        parameters = [p for p in self.method.parameters() if p.grad is not None]
+        parameters = [p for p in self.method.companions if p.grad is not None]
         if self.accelerator.num_processes > 1:
             for parameter in parameters:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
@@ -47,6 +48,6 @@ def load(method: nn.Module, directory: str) -> None:
         method.load_state_dict(torch.load(Path(directory) / FILE, map_location="cpu", weights_only=True))
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"{directory} does not hold the projections of this run in {FILE} ({error}). Resume from another "
+            f"{directory} does not hold the parameters of this run's method in {FILE} ({error}). Resume from another "
             "checkpoint, or start again in another directory."
         ) from error

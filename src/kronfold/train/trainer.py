@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from kronfold.base.errors import InputError, OutputError
 from kronfold.distill import Moment, Objective, ObjectiveConfig, Signals, check_head, check_pair, is_classifier
+from kronfold.distill.divergence import Pair
+from kronfold.distill.objective import Extra
 from kronfold.train import companion
 from kronfold.train.passes import observed
 
@@ -68,12 +70,13 @@ class DistillationTrainer(Trainer):
         if teacher is not None:
             self._adopt(teacher)
         self.objective.method.to(self.args.device)
-        if any(True for _ in self.objective.method.parameters()):
+        if self.objective.method.companions:
             self.add_callback(companion.MethodGradients(self.objective.method, self.accelerator))
         self._running: dict[str, Tensor] = {}
-        self._running_since = 0
+        self._running_steps: dict[str, set[int]] = {}
 
     def _adopt(self, teacher: PreTrainedModel) -> None:
+        teacher = self.objective.method.acting_teacher(teacher)
         nn.Module.to(teacher, self.args.device)
         self.teacher = teacher.eval()
         if self.classifies:
@@ -81,7 +84,8 @@ class DistillationTrainer(Trainer):
         head = teacher.get_output_embeddings()
         # Autocast keeps the low-precision copy of a trained weight, but casts a frozen one anew for every
         # chunk. The same cast, done once, spares that.
-        self.teacher_head = copy.deepcopy(head).to(torch.bfloat16) if self.args.bf16 else head
+        frozen = not self.objective.method.trains_teacher
+        self.teacher_head = copy.deepcopy(head).to(torch.bfloat16) if self.args.bf16 and frozen else head
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         data: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -91,7 +95,7 @@ class DistillationTrainer(Trainer):
         """The stock optimiser; parameters of the method are a group of their own, without weight decay."""
         made = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        own = list(self.objective.method.parameters())
+        own = self.objective.method.companions
         if made and own:
             optimizer.add_param_group({"params": own, "weight_decay": 0.0})
         return optimizer
@@ -131,7 +135,7 @@ class DistillationTrainer(Trainer):
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         loss, named = self.objective(
             out.hidden_states[-1], head, teacher_hidden, self.teacher_head, labels, items,
-            moment=self._moment, signals=(signals, teacher_signals),
+            moment=self._moment, signals=(signals, teacher_signals), extra=self._extra(model, head, features),
         )  # fmt: skip
         return loss, named, {}
 
@@ -149,18 +153,31 @@ class DistillationTrainer(Trainer):
         mask = features.get("attention_mask")
         loss, named = self.objective.classify(
             out.logits, teacher_logits, labels, torch.ones_like(features["input_ids"]) if mask is None else mask,
-            items, moment=self._moment, signals=(signals, teacher_signals),
+            items, moment=self._moment, signals=(signals, teacher_signals), extra=self._extra(model, None, features),
         )  # fmt: skip
         return loss, named, {"logits": out.logits.detach()}
 
     def _watch_student(self, model: nn.Module, call: Any, hidden: bool) -> tuple[Any, Signals]:
         return observed(self.accelerator.unwrap_model(model), call, hidden, self.objective.method.attention.student)
 
-    @torch.no_grad()
     def _watch_teacher(self, call: Any) -> tuple[Any, Signals]:
         assert self.teacher is not None
         method = self.objective.method
-        return observed(self.teacher, call, method.hidden, method.attention.teacher)
+        with torch.set_grad_enabled(method.trains_teacher and torch.is_grad_enabled()):
+            return observed(self.teacher, call, method.hidden, method.attention.teacher)
+
+    def _extra(self, model: nn.Module, head: nn.Module | None, features: dict[str, Any]) -> Extra | None:
+        """The method's terms on inputs of its own, if it makes any."""
+        objective = self.objective
+        if not objective.method.makes_inputs:
+            return None
+        assert self.teacher is not None
+        # Unwrapped: the gradients of this second run of the student add up in the same parameters.
+        student = self.accelerator.unwrap_model(model)
+        settings = objective.method.temperature(self._moment), objective.config.chunk_tokens
+        pair = Pair(student, self.teacher, head, self.teacher_head, *settings)
+        learning = model.training and torch.is_grad_enabled()
+        return lambda batch: objective.method.extra_terms(pair, features, batch, learning)
 
     @property
     def _moment(self) -> Moment:
@@ -168,11 +185,9 @@ class DistillationTrainer(Trainer):
 
     def _remember(self, named: dict[str, Tensor]) -> None:
         """Add up on the device; reading a number here would wait for it in every micro-step."""
-        if not self._running:
-            self._running_since = self.state.global_step
-            self._running = {name: torch.zeros_like(value) for name, value in named.items()}
         for name, value in named.items():
-            self._running[name] += value
+            self._running[name] = self._running[name] + value if name in self._running else value
+            self._running_steps.setdefault(name, set()).add(self.state.global_step)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
@@ -196,10 +211,11 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds each named loss, as a mean over the steps since the last log, to training logs."""
         if self._running and "loss" in logs:
-            steps = self.state.global_step - self._running_since
-            means = self.accelerator.reduce(torch.stack(list(self._running.values())), "mean") / steps
-            logs.update(zip(self._running, means.tolist(), strict=True))
-            self._running = {}
+            # a method may change its losses on the way, so each has a number of steps of its own
+            sums = self.accelerator.reduce(torch.stack(list(self._running.values())), "mean").tolist()
+            steps = [len(self._running_steps[name]) for name in self._running]
+            logs.update({name: s / n for name, s, n in zip(self._running, sums, steps, strict=True)})
+            self._running, self._running_steps = {}, {}
         super().log(logs, start_time)
 
 

@@ -80,7 +80,7 @@ class Intermediate(Method):
             if student.heads != teacher.heads:
                 raise InputError(
                     f"Attention maps are compared head by head; the student has {student.heads} heads and the teacher "
-                    f"{teacher.heads}. Set attention to 0, or take method minilm, which needs no equal heads."
+                    f"{teacher.heads}. Set attention to 0, or take rail, alp or pkd, which compare hidden states."
                 )
             self.attention = AttentionLayers(tuple(range(student.layers)), chosen)
         if "embedding" in weights:
