@@ -15,7 +15,8 @@ import pico
 from kronfold.base.errors import InputError
 from kronfold.cli.main import main
 from kronfold.data.glue import TASKS, read_tsv
-from kronfold.models.load import load_model
+from kronfold.distill import ObjectiveConfig
+from kronfold.models.load import load_classifier, load_model
 from kronfold.models.surgery import read_specs
 from kronfold.pipelines import finetune as pipeline
 from kronfold.pipelines.finetune import FineTuneOptions, finetune
@@ -227,6 +228,17 @@ def test_faults_come_before_training(model, files, tmp_path, capsys, monkeypatch
     assert out == ""
     assert re.search(message, " ".join(err.split())), err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_of_another_vocabulary(model, files, tmp_path) -> None:
+    torch.manual_seed(0)
+    load_classifier(pico.model_directory(tmp_path / "base", vocab_size=90), 2, pad=0).save_pretrained(
+        tmp_path / "other"
+    )
+    settings = FineTuneConfig(objective=ObjectiveConfig(kl=1.0, ce=1.0))
+    with pytest.raises(InputError, match="101 tokens and the teacher 90"):
+        finetune(options(model, files, teacher=str(tmp_path / "other"), settings=settings), tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_one_label_teaches_nothing(model, tmp_path) -> None:

@@ -17,6 +17,7 @@ from kronfold.base.errors import DataError, InputError
 from kronfold.base.files import atomic_directory, check_output, write_json
 from kronfold.data import glue
 from kronfold.data.sequences import collator, encode_examples, padding_token
+from kronfold.distill.objective import Objective
 from kronfold.evaluate.glue import answers, predict, score, spread
 from kronfold.export.checkpoint import write_model
 from kronfold.export.quantizer import attach
@@ -25,6 +26,7 @@ from kronfold.models.load import load_classifier, load_config, load_tokenizer, r
 from kronfold.models.surgery import read_specs
 from kronfold.pipelines.steps import StepBook
 from kronfold.train.classify import FineTuneConfig, fine_tune
+from kronfold.train.trainer import check_objective
 
 RULE = (
     "best epoch of each seed by the score on the dev set (mean of the task's metrics over its dev sets; the earliest "
@@ -106,11 +108,9 @@ def finetune(
         read_dtype(dtype)
     train, dev = _read(options, task)
     bench = _bench(options, task, train, dev)
-    teacher = None
-    if options.teacher:
-        teacher = load_classifier(options.teacher, task.outputs, trained=True, pad=bench.pad, device=device)
-    work = Path(output).with_name(Path(output).name + ".partial")
+    student, teacher = _pair(options, bench, device)
     data = {"train": train.to_dict(), "dev": {split or "dev": one.to_dict() for split, one in dev.items()}}
+    work = Path(output).with_name(Path(output).name + ".partial")
     book = StepBook.open(work, {"options": asdict(options), "data": data}, resume, discard=overwrite)
 
     def one_seed(seed: int) -> dict[str, Any]:
@@ -122,23 +122,18 @@ def finetune(
 
     seeds = [book.step(f"seed {seed}", partial(one_seed, seed)) for seed in options.seeds]
     taught = book.step("teacher", lambda: bench.measure(teacher)[1] if teacher else None)
-    best = max(seeds, key=lambda one: one["score"])
     document = results.document(
         "finetune",
         None,
         model=name or options.model,
         task=task.name,
-        metrics=list(task.metrics),
         rule=RULE,
         input={"description": INPUT, "max_length": bench.max_length},
         data=data,
         teacher={"model": Path(options.teacher).name, "dev": taught} if options.teacher else None,
         settings=_settings(options),
-        **cost(load_classifier(options.model, task.outputs, pad=bench.pad)).to_dict(),
-        seeds=seeds,
-        summary={key: spread([one["best"][key] for one in seeds]) for key in best["best"]},
-        summary_last={key: spread([one["last"][key] for one in seeds]) for key in best["last"]},
-        saved_seed=best["seed"],
+        **cost(student).to_dict(),
+        **_summary(seeds),
         seconds=round(book.seconds(), 1),
     )
     with atomic_directory(output, overwrite) as place:
@@ -146,6 +141,17 @@ def finetune(
         write_json(place / "results.json", document)
     shutil.rmtree(work, ignore_errors=True)
     return document
+
+
+def _summary(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The seeds' results, mean and deviation of each metric, and whose model is saved (the first of equals)."""
+    best = max(seeds, key=lambda one: one["score"])
+    return {
+        "seeds": seeds,
+        "summary": {key: spread([one["best"][key] for one in seeds]) for key in best["best"]},
+        "summary_last": {key: spread([one["last"][key] for one in seeds]) for key in best["best"]},
+        "saved_seed": best["seed"],
+    }
 
 
 def _check(options: FineTuneOptions) -> glue.Task:
@@ -195,6 +201,16 @@ def _bench(options: FineTuneOptions, task: glue.Task, train: glue.Examples, dev:
         return encode_examples(examples, task, tokenizer, length)
 
     return _Bench(task, tokenizer, pad, length, rows(train), {n: (rows(one), one.labels) for n, one in dev.items()})
+
+
+def _pair(options: FineTuneOptions, bench: _Bench, device: str) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """The student with some head, to look at, and the teacher. Raises InputError when they do not fit."""
+    student = load_classifier(options.model, bench.task.outputs, pad=bench.pad)
+    teacher = None
+    if options.teacher:
+        teacher = load_classifier(options.teacher, bench.task.outputs, trained=True, pad=bench.pad)
+    check_objective(Objective(options.settings.objective), student, teacher, seed=0)
+    return student, teacher.to(device) if teacher else None
 
 
 def _one_seed(
