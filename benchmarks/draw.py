@@ -51,7 +51,8 @@ def smollm() -> None:
         dense = rows["dense"]["perplexity"][text]["perplexity"]
         ratios = [rows[name]["perplexity"][text]["perplexity"] / dense for name in names]
         bars = axes.barh([j + 0.38 * i for j in range(len(names))], ratios, 0.36, label=text)
-        axes.bar_label(bars, [f"{ratio:.3g}x" for ratio in ratios], padding=3, fontsize=8)
+        labels = [f"{ratio:,.0f}x" if ratio >= 1000 else f"{ratio:.3g}x" for ratio in ratios]
+        axes.bar_label(bars, labels, padding=3, fontsize=8)
     axes.set_yticks([j + 0.19 for j in range(len(names))], names)
     axes.set(xscale="log", xlabel="perplexity over that of the dense model (1 = no loss)")
     axes.invert_yaxis()

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 import pico
+from kronfold import __version__
 from kronfold.cli.main import main
 
 
@@ -41,6 +42,11 @@ def call(capsys):
     return run
 
 
+def test_the_package_runs_as_the_command():
+    found = subprocess.run([sys.executable, "-m", "kronfold", "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout == f"kronfold {__version__}\n"
+
+
 def test_help_imports_no_torch():
     program = (
         "import sys\nfrom kronfold.cli.main import main\n"
@@ -49,7 +55,22 @@ def test_help_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "plan", "compress", "heal", "run", "eval", "inspect", "validate", "pretrain", "data"):
+    for command in (
+        "demo",
+        "plan",
+        "compress",
+        "heal",
+        "run",
+        "eval",
+        "inspect",
+        "validate",
+        "pretrain",
+        "data",
+        "import-tq",
+        "compare",
+        "report",
+        "finetune",
+    ):
         assert command in done.stdout
 
 
@@ -114,6 +135,27 @@ def test_heal_improves_and_reports(call, model, text, tmp_path):
     assert not (tmp_path / "healed.partial").exists()
     found = json.loads(call("eval", tmp_path / "healed", "--eval-text", text, "--json")[1])
     assert found["perplexity"] == pytest.approx(stage["after_healing"], rel=1e-5)
+
+
+def test_compare_and_report(call, model, text, tmp_path):
+    place = tmp_path / "out"
+    arguments = ("compare", model, "--recipes", "svd", "--text", text, "--heal-tokens", "2048", "-o", place)
+    code, _, err = call(*arguments, "--eval", f"a={text}", "--eval", f"a={text}")
+    assert code == 2
+    assert "Two texts are called 'a'" in err
+    code, out, err = call(*arguments, "--eval", f"own={text}", "--target-ratio", "0.7", "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert document == json.loads((place / "results.json").read_text())
+    assert [row["recipe"] for row in document["rows"]] == ["svd"]
+    assert list(document["teacher"]["perplexities"]) == ["own"]
+    code, out, err = call("report", place / "results.json", "-o", tmp_path / "page.html")
+    assert code == 0, err
+    assert "svd" in out
+    assert (tmp_path / "page.html").read_text() == (place / "report.html").read_text()
+    code, _, err = call("compare", model, "--objective", "sme", "--text", text, "--eval", text, "-o", tmp_path / "x")
+    assert code == 2
+    assert "same" in err
 
 
 def test_data_stdlib(call, tmp_path):

@@ -8,9 +8,13 @@ import pytest
 import torch
 
 import pico
+from kronfold.base.errors import RecipeError
+from kronfold.cli.terminal import planner_changes
 from kronfold.decompose.correction import corrected_weight
 from kronfold.models.calibrate import calibrate
 from kronfold.models.linear_view import sites
+from kronfold.pipelines.auto import fit_rows, settings_of
+from kronfold.pipelines.calibration import Calibration
 from kronfold.pipelines.placement import overwrite, weighting_for
 from kronfold.pipelines.sequential import compress_sequentially
 from kronfold.planner import planning
@@ -101,3 +105,25 @@ def test_blocks_of_several_rows_take_no_full_output_moment(teacher, statistics):
     ffn, embedding = plan.stages[1].rows[0], plan.stages[0].rows[0]
     assert weighting_for(ffn, statistics.weighting(views[ffn.name])).outputs is None
     assert weighting_for(embedding, statistics.weighting(views[embedding.name])).outputs is not None
+
+
+def test_the_option_of_the_recipe_is_the_argument_of_the_solver(teacher, windows, statistics):
+    """`adapt` in a recipe's auto entry: the same model as the solver called with it, another one than without."""
+    rows = [row for row in planning.plan(teacher, "tqcompressor").rows if "mlp" in row.name]
+    calibration = Calibration(windows, statistics)
+    made = {}
+    for adapt in (False, True):
+        student = copy.deepcopy(teacher)
+        fit_rows(student, rows, calibration, sequential=True, adapt=adapt)
+        made[adapt] = student
+    direct = copy.deepcopy(teacher)
+    compress_sequentially(direct, rows, statistics, windows, adapt=True)
+    target = hidden(teacher, windows)
+    assert torch.equal(hidden(made[True], windows), hidden(direct, windows))
+    assert (hidden(made[True], windows) - target).norm() < (hidden(made[False], windows) - target).norm()
+
+
+def test_adapting_without_a_sequence_is_refused():
+    with pytest.raises(RecipeError, match="set sequential too"):
+        settings_of("auto", {"adapt": True})
+    assert planner_changes(None, None, None, True) == {"sequential": True, "adapt": True}

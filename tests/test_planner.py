@@ -26,6 +26,7 @@ PUBLISHED = {
 }
 
 FIXED = [name for name in shipped_recipes() if load_recipe(name).auto is None]  # shapes of their own
+HALVING = [name for name in FIXED if name.startswith("tqcompressor")]  # they halve every matrix they touch
 
 
 @pytest.mark.parametrize(("recipe", "held"), PUBLISHED.items())
@@ -37,7 +38,7 @@ def test_counts_on_gpt2(recipe, held):
     assert made.cost.macs_per_token < made.teacher.macs_per_token or recipe == "tqcompressor-untied"
 
 
-@pytest.mark.parametrize("recipe", FIXED)
+@pytest.mark.parametrize("recipe", HALVING)
 @pytest.mark.parametrize(
     "sizes", [{"n_embd": 1280, "n_layer": 36, "n_head": 20}, {"n_embd": 192, "n_layer": 6, "n_head": 4}]
 )
@@ -202,9 +203,11 @@ def test_shipped_recipes_survive_yaml_and_rescale(name):
     shipped = load_recipe(name)
     assert validate(Recipe, yaml.safe_load(yaml.safe_dump(shipped.model_dump(mode="json"))), name) == shipped
     rescaled = shipped.with_heal_tokens(3000)
-    assert [stage.heal.tokens for stage in rescaled.stages] == [1000, 1000, 1000]
+    assert [stage.heal.tokens for stage in rescaled.stages if stage.heal] == [3000 // len(shipped.stages)] * len(
+        shipped.stages
+    )
     plain = shipped.without_permutations()
-    assert {entry.permute for stage in plain.stages for entry in stage.compress} == {"none"}
+    assert {entry.permute for stage in plain.stages for entry in stage.compress} <= {"none"}
 
 
 def test_patterns():
@@ -226,6 +229,7 @@ def test_the_auto_recipe_survives_yaml():
     ("changes", "message"),
     [
         ({"stages": [{"name": "a"}, {"name": "b"}]}, "one stage"),
+        ({"stages": [{"name": "a", "layers": "alt"}]}, "one stage, without compress entries or layers"),
         ({"auto": None}, "needs compress entries"),
         ({"auto": {"target_ratio": 1.5}}, "less than 1"),
         ({"auto": {"sequental": True}}, "unknown key.*sequential"),

@@ -25,6 +25,10 @@ ENTRIES = {
         {"modules": "*.wte", "structure": "low_rank", "rank": 7, "head": "untied"},
     ],
     "an embedding of full rank": [{"modules": "*.wte", "structure": "low_rank", "ratio": 1.0}],
+    "tensor trains in the embedding": [{"modules": "*.wte", "structure": "tensor_train", "ratio": 0.5}],
+    "tensor trains of three cores, untied": [
+        {"modules": "*.wte", "structure": "tensor_train", "ratio": 0.7, "cores": 3, "head": "untied"},
+    ],
     "sum on linear layers": [
         {
             "modules": "*.mlp.*",
@@ -169,5 +173,5 @@ def test_a_plan_edited_to_the_wrong_kind_is_refused(teacher, tmp_path):
     document = json.loads((tmp_path / "plan.json").read_text())
     document["rows"][0]["spec"] = {"structure": "low_rank", "out_features": 101, "in_features": 32, "rank": 3}
     (tmp_path / "plan.json").write_text(json.dumps(document))
-    with pytest.raises(RecipeError, match="cannot replace an embedding; use kronecker or low_rank"):
+    with pytest.raises(RecipeError, match="cannot replace an embedding; use kronecker, low_rank or tensor_train"):
         kf.compress(teacher, Plan.load(tmp_path / "plan.json"))

@@ -132,6 +132,19 @@ def compress(
     target_bytes: t.TargetBytes = None,
     structures: t.Structures = None,
     calibration_windows: t.CalibrationWindows = None,
+    sequential: Annotated[
+        bool | None,
+        typer.Option(
+            "--sequential/--together",
+            help="Fit each layer to what the compressed ones before it give (slower, better where much is cut), or all "
+            "to the dense model; default: as the recipe says.",
+            show_default=False,
+        ),
+    ] = None,
+    adapt: Annotated[
+        bool | None,
+        typer.Option("--adapt", help="In sequence, also refit the layers that stay dense.", show_default=False),
+    ] = None,
     cache: t.Cache = True,
     seed: t.Seed = 0,
     dtype: t.Dtype = None,
@@ -149,7 +162,7 @@ def compress(
         document = compress_to(
             t.resolve_model(model), output, recipe, plan, texts,
             t.budget(target_params, target_ratio, target_macs, target_bytes),
-            changes=t.planner_changes(calibration_windows, structures),
+            changes=t.planner_changes(calibration_windows, structures, sequential, adapt),
             cache=cache_directory() if cache else None, seed=seed, dtype=dtype, overwrite=overwrite,
             progress=_decomposing(report),
         )  # fmt: skip
@@ -187,7 +200,7 @@ def heal(
     json: t.Json = False,
 ) -> None:
     """Continue training a compressed model by distillation from the original."""
-    from kronfold.pipelines.checkpoint import heal_to
+    from kronfold.pipelines.healing import heal_to
     from kronfold.planner.recipe import HealRecipe, validate
 
     device = t.prepare(device, seed)
@@ -285,7 +298,7 @@ def _run(
     check_output(output, overwrite)
     from kronfold.models.load import read_dtype
     from kronfold.pipelines.progressive import RunOptions
-    from kronfold.pipelines.progressive import run as run_stages
+    from kronfold.pipelines.progressive import run as run_recipe
     from kronfold.report.page import write_report
     from kronfold.report.tables import run_summary
 
@@ -296,7 +309,7 @@ def _run(
         "command": shlex.join(["kronfold", *sys.argv[1:]]),
     }
     with t.progress_bar() as report:
-        document = run_stages(
+        document = run_recipe(
             RunOptions(**options), output, resume=resume, overwrite=overwrite, report=report,
             finish=lambda found, place: write_report(found, place / "report.html"),
         )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,9 +19,27 @@ def add_to(app: typer.Typer) -> None:
 def evaluate(
     model: t.Model,
     text: Annotated[
-        str,
-        typer.Option("--eval-text", "--text", help="Text to measure on; files, a directory, or a datasets id."),
-    ],
+        list[str] | None,
+        typer.Option(
+            "--eval-text",
+            "--text",
+            help="Text to measure on; files, a directory, or a datasets id. With --suite: NAME=TEXT, may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="lm: perplexity on every --text, and LAMBADA, in one pass.", show_default=False)
+    ] = None,
+    lambada: Annotated[
+        str | None, typer.Option(help="LAMBADA's passages for --suite lm, as .jsonl.", show_default=False)
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-eval instead, comma-separated (needs kronfold[harness]).", show_default=False),
+    ] = None,
+    task_files: Annotated[
+        str | None, typer.Option(help="Directory of further lm-eval task files.", show_default=False)
+    ] = None,
     protocol: Annotated[str, typer.Option(help="sliding (default) or paper; see README.")] = "sliding",
     batch_size: Annotated[
         int | None, typer.Option(help="Windows per forward pass; changes no number.", show_default=False)
@@ -36,37 +53,42 @@ def evaluate(
     overwrite: t.Overwrite = False,
     json: t.Json = False,
 ) -> None:
-    """Perplexity of a model on a text, by a named protocol."""
-    from kronfold.base import results
+    """Perplexity of a model on a text, by a named protocol; or a suite of measurements; or tasks of lm-eval."""
+    from kronfold.base.errors import InputError
     from kronfold.base.files import check_output, write_json
-    from kronfold.evaluate.perplexity import perplexity
-    from kronfold.evaluate.texts import open_text
-    from kronfold.models.cost import held_parameters
-    from kronfold.models.load import load_model, load_tokenizer, read_dtype
+    from kronfold.pipelines import evaluation
+    from kronfold.report.evaluations import suite_table, task_table
 
+    if suite and tasks:
+        raise InputError("--suite and --tasks are two measurements; run them one after the other.")
+    if lambada and not suite:
+        raise InputError("--lambada belongs to a suite; add --suite lm.")
+    texts = text or []
+    if not (suite or tasks) and len(texts) != 1:
+        given = f"{len(texts)} texts" if texts else "no text"
+        raise InputError(f"eval was given {given}. Give one --eval-text, or several with --suite lm --lambada PATH.")
     device = t.prepare(device, 0)
     if output:
         check_output(output, overwrite)
     source = t.resolve_model(model)
-    subject = load_model(source, dtype=read_dtype(dtype), device=device)
-    reader = load_tokenizer(tokenizer or source)
+    options: dict[str, Any] = {"batch_size": batch_size, "tokenizer": tokenizer, "device": device, "dtype": dtype}
+    options["name"] = model
     with t.progress_bar() as report:
-        found = perplexity(
-            subject, reader, open_text(text), protocol, batch_size=batch_size,
-            progress=lambda done, total: report("evaluate", done, total),
-        )  # fmt: skip
-    document = results.document(
-        "eval",
-        None,
-        model=model,
-        text=Path(text).name,
-        dtype=dtype,
-        held_parameters=held_parameters(subject),
-        **found.to_dict(),
-    )
+        if suite:
+            named = evaluation.named_texts(texts)
+            document = evaluation.evaluate_suite(
+                source, suite, named, lambada, protocol=protocol, report=report, **options
+            )
+            shown: Any = suite_table(document)
+        elif tasks:
+            document = evaluation.evaluate_tasks(source, tasks.split(","), task_files, **options)
+            shown = task_table(document["results"], f"{model}, lm-eval {document['lm_eval']}")
+        else:
+            document = evaluation.evaluate_text(source, texts[0], protocol, report=report, **options)
+            shown = _eval_lines(document)
     if output:
         write_json(output, document)
-    t.emit(document, json, _eval_lines(document))
+    t.emit(document, json, shown)
 
 
 def _eval_lines(found: dict[str, Any]) -> str:

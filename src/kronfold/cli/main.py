@@ -10,7 +10,7 @@ import typer
 
 from kronfold import __version__
 from kronfold.base.errors import KronfoldError
-from kronfold.cli import compression, inspection, preparation
+from kronfold.cli import comparison, compression, finetuning, inspection, preparation
 from kronfold.cli.terminal import err
 
 app = typer.Typer(
@@ -39,7 +39,7 @@ def _root(
     """Options of the whole program."""
 
 
-for room in (compression, inspection, preparation):
+for room in (compression, comparison, inspection, finetuning, preparation):
     room.add_to(app)
 
 

@@ -1,4 +1,4 @@
-"""Commands that prepare: data, pretrain."""
+"""Commands that prepare: data, pretrain, import-tq."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def add_to(app: typer.Typer) -> None:
     """Register the commands of this file."""
     app.add_typer(data, name="data")
     app.command()(pretrain)
+    app.command("import-tq")(import_tq)
 
 
 @data.callback()
@@ -38,6 +39,83 @@ def stdlib(
     t.emit(manifest, json, "\n".join(f"{key}: {value}" for key, value in manifest.items()))
 
 
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help=".txt (one document), .jsonl or .parquet (one per row), also .gz, a directory of them, or a datasets id.",
+        show_default=False,
+    ),
+]
+Shards = Annotated[str, typer.Option("--output", "-o", help="Directory for the shards and manifest.json.")]
+TextColumn = Annotated[str | None, typer.Option(help="Column of the text; default: text.", show_default=False)]
+
+
+@data.command()
+def clean(
+    source: Source,
+    output: Shards,
+    filters: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated: unicode, html, boilerplate, language, repetition, quality, exact, key, minhash; "
+            "default: all but language.",
+            show_default=False,
+        ),
+    ] = None,
+    settings: Annotated[
+        str | None, typer.Option(help="YAML file: filters, options of each, executor.", show_default=False)
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes at once; default: 1.", show_default=False)] = None,
+    format: Annotated[str | None, typer.Option(help="jsonl (default) or parquet.", show_default=False)] = None,
+    text_column: TextColumn = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of MinHash; default: 0.", show_default=False)] = None,
+    resume: t.Resume = False,
+    overwrite: t.Overwrite = False,
+    json: t.Json = False,
+) -> None:
+    """Repair web text, drop markup, boilerplate and duplicates; counts and examples per filter in the manifest."""
+    from kronfold.data.clean import clean as run
+    from kronfold.report.cleaning import cleaning_table
+
+    names = [name.strip() for name in filters.split(",") if name.strip()] if filters is not None else None
+    with t.progress_bar() as report:
+        document = run(
+            source, output, settings, filters=names, workers=workers, format=format, text_column=text_column,
+            seed=seed, resume=resume, overwrite=overwrite, report=report,
+        )  # fmt: skip
+    if document.get("submitted"):
+        t.emit(document, json, "Submitted to Slurm. When the jobs have ended, run the same command with --resume.")
+    else:
+        t.emit(document, json, cleaning_table(document), f"saved in {output}/")
+
+
+@data.command()
+def sample(
+    source: Source,
+    fraction: Annotated[float, typer.Option(help="Share of the documents, e.g. 0.031.")],
+    output: Shards,
+    format: Annotated[str, typer.Option(help="jsonl or parquet.")] = "jsonl",
+    text_column: TextColumn = None,
+    seed: Annotated[int, typer.Option(help="Which documents are drawn.")] = 0,
+    overwrite: t.Overwrite = False,
+    json: t.Json = False,
+) -> None:
+    """Draw a share of the documents, each by its own hash: the same ones in any order, from any machine."""
+    from kronfold.data.sample import sample as run
+
+    document = run(
+        source, output, fraction, seed=seed, format=format, text_column=text_column or "text", overwrite=overwrite
+    )
+    found, drawn = document["input"], document["output"]
+    t.emit(
+        document,
+        json,
+        f"{drawn['documents']:,} of {found['documents']:,} documents ({document['share']['documents']:.2%}), "
+        f"{drawn['words']:,} of {found['words']:,} words, saved in {output}/",
+    )
+
+
 def pretrain(
     config: Annotated[
         str, typer.Argument(metavar="CONFIG", help="A pretraining YAML file, or demo.", show_default=False)
@@ -58,3 +136,30 @@ def pretrain(
             progress=lambda step, total, _logs: report("pretrain", step, total),
         )  # fmt: skip
     t.emit(document, json, f"held-out perplexity {document['perplexity']:.2f}, saved in {output}/")
+
+
+def import_tq(
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="State dict (.safetensors, .pt, .bin) or its folder.", show_default=False),
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="Directory for the kronfold checkpoint.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Model to take the tokenizer from; default: files beside PATH.", show_default=False),
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Attention heads; default: config.json's, else of 64 channels.", min=1)
+    ] = None,
+    dtype: t.Dtype = None,
+    overwrite: t.Overwrite = False,
+    json: t.Json = False,
+) -> None:
+    """Read a published TQCompressedGPT2 state dict into a checkpoint that transformers loads, with equal logits."""
+    from kronfold.pipelines.importing import import_tq as convert
+
+    t.prepare()
+    document = convert(path, output, tokenizer=tokenizer, heads=heads, dtype=dtype, overwrite=overwrite)
+    lacks = "" if document["tokenizer"] else "; no tokenizer was found, copy GPT-2's there or pass --tokenizer"
+    said = f"{document['held_parameters']:,} held parameters, {document['head']} head, saved in {output}/{lacks}"
+    t.emit(document, json, said)

@@ -144,6 +144,31 @@ def budget(params: str | None, ratio: float | None, macs: str | None, bytes_: st
     return Budget.parse(params, ratio, macs, bytes_)
 
 
+def one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
+    """`value` if it is allowed. Raises InputError with the nearest names."""
+    from kronfold.base.errors import InputError, suggest
+
+    if value not in allowed:
+        raise InputError(f"{option} {value!r} is unknown. {suggest(value, allowed)}")
+    return value
+
+
+def named_texts(given: list[str]) -> dict[str, str]:
+    """`NAME=PATH` or `PATH` (named after its file) as name to source. Raises InputError for a name given twice."""
+    from pathlib import Path
+
+    from kronfold.base.errors import InputError
+
+    found: dict[str, str] = {}
+    for text in given:
+        name, _, source = text.rpartition("=")
+        name = name or Path(source).name.split(".")[0]
+        if name in found:
+            raise InputError(f"Two texts are called {name!r}; name them apart: --eval valid=a.txt --eval test=b.txt.")
+        found[name] = source
+    return found
+
+
 def calibration_or_own(texts: list[str] | None) -> list[str]:
     """The given texts; without any, the prose that ships with the package, and a line that says so."""
     if texts:
@@ -154,9 +179,16 @@ def calibration_or_own(texts: list[str] | None) -> list[str]:
     return [str(assets.heal_text())]
 
 
-def planner_changes(windows: int | None, structures: str | None) -> dict[str, Any]:
-    """Fields of a recipe's `auto` entry that the command changes."""
-    changes = {"windows": windows, "structures": structures.split(",") if structures else None}
+def planner_changes(
+    windows: int | None, structures: str | None, sequential: bool | None = None, adapt: bool | None = None
+) -> dict[str, Any]:
+    """Fields of a recipe's `auto` entry that the command changes; adapting is done in sequence."""
+    changes = {
+        "windows": windows,
+        "structures": structures.split(",") if structures else None,
+        "sequential": True if adapt and sequential is None else sequential,
+        "adapt": adapt,
+    }
     return {key: value for key, value in changes.items() if value is not None}
 
 

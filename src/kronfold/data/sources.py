@@ -28,7 +28,7 @@ def documents(source: str | Path, *, split: str = "train", text_column: str = "t
     """
     path = Path(source)
     if path.exists():
-        return _non_empty((text for file in _files(path) for text in _read(file, text_column)), path)
+        return _non_empty((text for file in source_files(path) for text in _read(file, text_column)), path)
     if isinstance(source, Path) or _looks_local(source):
         raise DataError(f"{source} does not exist. Give a file, a directory, or a datasets id like 'id:config:split'.")
     return _non_empty(_hub_documents(source, split, text_column), source)
@@ -42,7 +42,7 @@ def _ending(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix
 
 
-def _files(path: Path) -> list[Path]:
+def source_files(path: Path) -> list[Path]:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and _ending(p) in _ENDINGS)
         if not files:

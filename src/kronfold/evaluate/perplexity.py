@@ -16,7 +16,7 @@ from torch.nn import functional
 from kronfold.base.errors import CheckpointError, DataError, InputError, suggest
 from kronfold.data.packing import encode_documents
 from kronfold.data.sources import documents
-from kronfold.distill.pairs import check_head
+from kronfold.evaluate.forward import split_head
 
 _TOKENS_PER_BATCH = 4096  # chosen batch: about this many tokens per forward pass
 _LOGITS_PER_CHUNK = 1 << 22  # at most about this many fp32 logits (16 MiB) at once
@@ -194,7 +194,7 @@ def _window_losses(
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[float, int]]:
     """(summed loss, targets) of each window, in order. Windows of one length share a batch, so nothing is padded."""
-    body, head = _split_head(model)
+    body, head = split_head(model)
     rows = max(1, _LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size)
     training = model.training
     model.eval()
@@ -214,22 +214,6 @@ def _window_losses(
                     progress(done, len(windows))
     finally:
         model.train(training)
-
-
-def _split_head(model: Any) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
-    """The model as two functions, token ids to states and states to logits, so that only targets get logits.
-
-    A model that does more to its logits than apply its head (scales or caps them) is taken in one piece.
-    """
-
-    def forward(part: Any, inputs: torch.Tensor) -> Any:
-        return part(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False)
-
-    try:
-        check_head(model)
-    except InputError:
-        return lambda inputs: forward(model, inputs).logits, lambda logits: logits
-    return lambda inputs: forward(model.base_model, inputs).last_hidden_state, model.get_output_embeddings()
 
 
 def _loss(

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kronfold.nn import FactorizedEmbedding, GroupedEmbedding, StructuredLinear, TiedHead
+from kronfold.models.surgery import STRUCTURED_EMBEDDING
+from kronfold.nn import StructuredLinear, TiedHead
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,6 @@ def held_parameters(model: PreTrainedModel) -> int:
 def _macs(module: nn.Module) -> float:
     if isinstance(module, nn.Linear | Conv1D):
         return module.weight.numel()
-    if isinstance(module, StructuredLinear | FactorizedEmbedding | GroupedEmbedding | TiedHead):
+    if isinstance(module, (StructuredLinear, TiedHead, *STRUCTURED_EMBEDDING)):
         return module.macs_per_token()
     return 0.0

@@ -15,7 +15,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kronfold.models.families import Family, family_of
-from kronfold.nn import FactorizedEmbedding, FusedLinear, GroupedEmbedding, StructuredLinear, TiedHead
+from kronfold.nn import (
+    FactorizedEmbedding,
+    FusedLinear,
+    GroupedEmbedding,
+    StructuredLinear,
+    TensorTrainEmbedding,
+    TiedHead,
+)
 
 DENSE_LINEAR = (nn.Linear, Conv1D)
 
@@ -49,7 +56,7 @@ class LinearView:
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features); for an embedding (vocabulary, stored width)."""
-        if isinstance(self.module, GroupedEmbedding):
+        if isinstance(self.module, GroupedEmbedding | TensorTrainEmbedding):
             return (self.module.num_embeddings, self.module.embedding_dim)
         if isinstance(self.module, nn.Embedding | FactorizedEmbedding):
             return (self.module.weight.shape[0], self.module.weight.shape[1])
@@ -72,7 +79,7 @@ class LinearView:
         with torch.no_grad():
             if isinstance(layer, Conv1D):
                 return layer.weight.detach()[:, self.rows[0] : self.rows[1]].T
-            if isinstance(layer, StructuredLinear | GroupedEmbedding):
+            if isinstance(layer, StructuredLinear | GroupedEmbedding | TensorTrainEmbedding):
                 return layer.dense_weight()
             weight: Tensor = layer.get_parameter("weight").detach()
             whole = layer is not self.module or self.kind == "embedding"

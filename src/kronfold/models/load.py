@@ -6,11 +6,19 @@ Local files are checked before they are read, so that a damaged checkpoint gives
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as hf_logging
 
 from kronfold.base.errors import CheckpointError, InputError
@@ -18,6 +26,7 @@ from kronfold.models.presets import PRESETS, preset_config
 from kronfold.models.safetensors_header import read_headers
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_NEW_HEAD = "score."  # what transformers calls the head of a decoder that classifies
 
 
 def read_dtype(name: str) -> torch.dtype:
@@ -51,40 +60,99 @@ def load_model(source: str | Path, dtype: torch.dtype | str = torch.float32, dev
         InputError: a config:NAME, which has no weights; an unknown hub id without network.
     """
     text = str(source)
-    if text.startswith("config:"):
-        raise InputError(
-            f"{text} names a size, not weights; it can be planned, not run. Give a model directory or hub id."
-        )
     if text.endswith(".gguf"):
         loaded = _from_gguf(AutoModelForCausalLM, text, dtype=dtype)
         loaded.hf_quantizer.remove_quantization_config(loaded)  # dequantised: ordinary numbers that train and save
         return loaded.eval().to(device)
+    model, faults = _load(AutoModelForCausalLM, text, dtype)
+    _refuse(text, faults)
+    return model.to(device)
+
+
+def load_classifier(
+    source: str | Path,
+    outputs: int,
+    *,
+    trained: bool = False,
+    labels: Sequence[str] = (),
+    pad: int | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    device: str = "cpu",
+) -> PreTrainedModel:
+    """MODEL for sequence classification with `outputs` numbers (1: regression), in eval mode.
+
+    From a language model the body is taken and a new head drawn from torch's random state; a classifier of as many
+    outputs keeps its head. Structured layers stay what they are.
+
+    Args:
+        trained: refuse a MODEL without a head for this.
+        labels: names of the outputs, for the config. pad: padding token, for the config.
+
+    Raises:
+        CheckpointError, InputError: as `load_model`; also a .gguf file, or `trained` and no such head.
+    """
+    text = str(source)
+    if text.endswith(".gguf"):
+        raise InputError(f"{text}: a .gguf file cannot become a classifier; save the model as a directory first.")
+    options: dict[str, Any] = {"num_labels": outputs}
+    options["problem_type"] = "single_label_classification" if outputs > 1 else "regression"
+    if labels:
+        options["id2label"] = dict(enumerate(labels))
+        options["label2id"] = {name: index for index, name in enumerate(labels)}
+    if pad is not None:
+        options["pad_token_id"] = pad
+    model, faults = _load(AutoModelForSequenceClassification, text, dtype, **options)
+    # The new head, and the language model's old one.
+    head = [fault for fault in faults if fault.partition(": ")[2].startswith((_NEW_HEAD, "lm_head."))]
+    if trained and any(fault.partition(": ")[2].startswith(_NEW_HEAD) for fault in head):
+        raise CheckpointError(
+            f"{text} is no classifier with {outputs} output(s). Fine-tune it on the task first (kronfold finetune)."
+        )
+    _refuse(text, [fault for fault in faults if fault not in head])
+    return model.to(device)
+
+
+def _load(factory: Any, text: str, dtype: torch.dtype | str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and every way in which its weights do not match its config."""
+    if text.startswith("config:"):
+        raise InputError(
+            f"{text} names a size, not weights; it can be planned, not run. Give a model directory or hub id."
+        )
     local = _local(text)
     if local is not None:
         _check_config(local)
         _check_weights(local)
     level = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # what the load report would warn about is raised below
+    hf_logging.set_verbosity_error()  # what the load report would warn about is told by the faults
     try:
         model, info = _from_pretrained(
-            AutoModelForCausalLM,
+            factory,
             text,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **options,
         )
     finally:
         hf_logging.set_verbosity(level)
     faults = [f"missing: {key}" for key in sorted(info["missing_keys"])]
-    faults += [f"wrong shape: {key}" for key in sorted(str(entry) for entry in info["mismatched_keys"])]
+    faults += [f"wrong shape: {key}" for key in sorted(_key(entry) for entry in info["mismatched_keys"])]
     faults += [f"not in the config: {key}" for key in sorted(info["unexpected_keys"])]
+    return model, faults
+
+
+def _key(entry: Any) -> str:
+    """A mismatched entry: the name of the tensor, and its shapes where they are told."""
+    return entry if isinstance(entry, str) else " ".join(str(part) for part in entry)
+
+
+def _refuse(text: str, faults: list[str]) -> None:
     if faults:
         shown = "\n  ".join(faults[:8]) + (f"\n  … and {len(faults) - 8} more" if len(faults) > 8 else "")
         raise CheckpointError(
             f"The weights in {text} do not match its config.json:\n  {shown}\nTake both files from the same checkpoint."
         )
-    return model.to(device)
 
 
 def load_tokenizer(source: str | Path) -> Any:

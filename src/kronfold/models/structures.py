@@ -7,7 +7,7 @@ may name; only entries with a `fit` can be asked for in a recipe.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -15,14 +15,18 @@ from torch import Tensor
 from kronfold.base.errors import RecipeError, suggest
 from kronfold.base.registry import Registry
 from kronfold.base.specs import GroupedEmbeddingSpec, KroneckerSpec, LowRankSpec, Pair, SumSpec
+from kronfold.base.tensor_train import TensorTrainSpec
 from kronfold.decompose.fit import Fit
 from kronfold.decompose.grouped_embedding import grouped_embedding
 from kronfold.decompose.low_rank import nearest_low_rank
+from kronfold.decompose.modified_van_loan import with_equal_entries
 from kronfold.decompose.nearest import nearest_kronecker
 from kronfold.decompose.permute import permuted_kronecker
+from kronfold.decompose.pruned_kronecker import pruned_kronecker
 from kronfold.decompose.sum_fit import FitTerm, SumFit, sum_fit
+from kronfold.decompose.tensor_train import tensor_train
 from kronfold.decompose.weighting import Weighting
-from kronfold.nn import KroneckerLinear, LowRankLinear, SumLinear
+from kronfold.nn import GroupedEmbedding, KroneckerLinear, LowRankLinear, SumLinear, TensorTrainEmbedding
 from kronfold.nn.structured import StructuredLinear
 
 
@@ -32,14 +36,19 @@ class Structure:
     spec: class of its spec, or a function that makes one from the entries of its dict form. module: class of its layer.
     fit: (weight (out, in), spec, seed, weighting or None) -> the solver's result (`relative_error`, `to_dense`).
     ask: (shape of the weight, what a recipe entry says) -> spec. Raises RecipeError or ShapeError.
-    for_embedding: it replaces an embedding, not a linear layer.
+    embedding: class of its module, where it replaces an embedding and not a linear layer.
+    inits: what a recipe entry may name as `init` in place of `fit` -> a solver like `fit`.
+    sizes: (spec) -> the same structure and shape at every size it comes in, ascending by numbers held, below dense;
+        None for one that comes in one size only.
     """
 
     spec: Any = None
     module: type[StructuredLinear] | None = None
     fit: Callable[[Tensor, Any, int, Weighting | None], Any] | None = None
     ask: Callable[[Pair, Mapping[str, Any]], Any] | None = None
-    for_embedding: bool = False
+    embedding: type[GroupedEmbedding] | type[TensorTrainEmbedding] | None = None
+    inits: Mapping[str, Callable[[Tensor, Any, int, Weighting | None], Any]] = field(default_factory=dict)
+    sizes: Callable[[Any], list[Any]] | None = None
 
     def read_spec(self, spec: Mapping[str, Any]) -> Any:
         """The typed spec from its dict form (keys `structure`, ...)."""
@@ -65,6 +74,31 @@ def ask_kronecker(shape: Pair, entry: Mapping[str, Any]) -> KroneckerSpec:
     return KroneckerSpec.for_weight(shape, entry["block"], entry.get("rank") or 1, **flags)
 
 
+def kronecker_sizes(spec: KroneckerSpec) -> list[KroneckerSpec]:
+    """All ranks that hold fewer numbers than the matrix."""
+    dense, term = spec.out_features * spec.in_features, spec.held_parameters // spec.rank
+    return [replace(spec, rank=rank) for rank in range(1, spec.max_rank + 1) if rank * term < dense]
+
+
+def low_rank_sizes(spec: LowRankSpec) -> list[LowRankSpec]:
+    """All ranks below the full one."""
+    return [replace(spec, rank=rank) for rank in range(1, max(2, min(spec.shape)))]
+
+
+def grouped_sizes(spec: GroupedEmbeddingSpec) -> list[GroupedEmbeddingSpec]:
+    """Every group at the same share of its rank, in steps of one rank of the largest."""
+    largest = max(spec.ranks)
+    shares = [rank / largest for rank in range(1, spec.embedding_dim)]
+    found = [
+        tuple(
+            max(1, min(round(rank * share), spec.embedding_dim, size))
+            for rank, size in zip(spec.ranks, spec.sizes, strict=True)
+        )
+        for share in shares
+    ]
+    return [replace(spec, ranks=ranks) for ranks in dict.fromkeys(found)]
+
+
 def ask_low_rank(shape: Pair, entry: Mapping[str, Any]) -> LowRankSpec:
     """`rank`, or `ratio`: the share of the weight's numbers that is kept."""
     if entry.get("block") is not None:
@@ -80,6 +114,24 @@ def ask_grouped(shape: Pair, entry: Mapping[str, Any]) -> GroupedEmbeddingSpec:
     """One group (a plain low-rank embedding) of `rank` or `ratio`; groups by frequency come from the planner."""
     found = ask_low_rank(shape, entry)
     return GroupedEmbeddingSpec((shape[0],), (found.rank,), shape[1])
+
+
+def tensor_train_sizes(spec: TensorTrainSpec) -> list[TensorTrainSpec]:
+    """From ranks of 1 up, the lowest rank raised first."""
+    dense = spec.num_embeddings * spec.embedding_dim
+    found = [replace(spec, ranks=(1,) * len(spec.ranks))]
+    while (larger := found[-1].raised(dense - 1)) is not None:
+        found.append(larger)
+    return found
+
+
+def ask_tensor_train(shape: Pair, entry: Mapping[str, Any]) -> TensorTrainSpec:
+    """`ratio`, and `cores` (default 2): how many dimensions a row is split into."""
+    if extra := [key for key in ("block", "rank") if entry.get(key) is not None]:
+        raise RecipeError(f"structure tensor_train takes ratio and cores, not {', '.join(extra)}")
+    if entry.get("ratio") is None:
+        raise RecipeError("structure tensor_train needs ratio: R (the share of the embedding's numbers that is kept)")
+    return TensorTrainSpec.for_ratio(shape, entry["ratio"], entry.get("cores") or 2)
 
 
 def fit_sum(weight: Tensor, spec: SumSpec, seed: int, weighting: Weighting | None) -> SumFit:
@@ -130,14 +182,50 @@ def read_sum(terms: Sequence[Mapping[str, Any]]) -> SumSpec:
 
 
 STRUCTURES: Registry[Structure] = Registry("structure")
-STRUCTURES.register("kronecker", Structure(KroneckerSpec, KroneckerLinear, fit_kronecker, ask_kronecker))
 STRUCTURES.register(
-    "low_rank", Structure(LowRankSpec, LowRankLinear, lambda w, s, _seed, h: nearest_low_rank(w, s, h), ask_low_rank)
+    "kronecker",
+    Structure(
+        KroneckerSpec,
+        KroneckerLinear,
+        fit_kronecker,
+        ask_kronecker,
+        inits={
+            "modified_van_loan": lambda w, s, seed, h: with_equal_entries(fit_kronecker(w, s, seed, h)),
+            "pruning": lambda w, s, _seed, h: pruned_kronecker(w, s, h),
+        },
+        sizes=kronecker_sizes,
+    ),
+)
+STRUCTURES.register(
+    "low_rank",
+    Structure(
+        LowRankSpec,
+        LowRankLinear,
+        lambda w, s, _seed, h: nearest_low_rank(w, s, h),
+        ask_low_rank,
+        sizes=low_rank_sizes,
+    ),
 )
 STRUCTURES.register(
     "grouped_embedding",
     Structure(
-        GroupedEmbeddingSpec, None, lambda w, s, _seed, h: grouped_embedding(w, s, h), ask_grouped, for_embedding=True
+        GroupedEmbeddingSpec,
+        None,
+        lambda w, s, _seed, h: grouped_embedding(w, s, h),
+        ask_grouped,
+        embedding=GroupedEmbedding,
+        sizes=grouped_sizes,
+    ),
+)
+STRUCTURES.register(
+    "tensor_train",
+    Structure(
+        TensorTrainSpec,
+        None,
+        lambda w, s, _seed, h: tensor_train(w, s, h),
+        ask_tensor_train,
+        embedding=TensorTrainEmbedding,
+        sizes=tensor_train_sizes,
     ),
 )
 STRUCTURES.register("sum", Structure(read_sum, SumLinear, fit_sum, ask_sum))

@@ -18,10 +18,10 @@ from kronfold.base.errors import CheckpointError, KronfoldError, suggest
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import DENSE_LINEAR, in_features, out_features
 from kronfold.models.structures import STRUCTURES
-from kronfold.nn import FactorizedEmbedding, FusedLinear, GroupedEmbedding, TiedHead
+from kronfold.nn import FactorizedEmbedding, FusedLinear, GroupedEmbedding, TensorTrainEmbedding, TiedHead
 
 Specs = Mapping[str, Mapping[str, Any]]
-STRUCTURED_EMBEDDING = (FactorizedEmbedding, GroupedEmbedding)
+STRUCTURED_EMBEDDING = (FactorizedEmbedding, GroupedEmbedding, TensorTrainEmbedding)
 
 
 def replace_modules(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> None:
@@ -104,13 +104,13 @@ def _build(
         return TiedHead(embedding)
     weight = next(source.parameters())
     where = {"device": weight.device, "dtype": weight.dtype}
-    if structure in ("factorized_embedding", "grouped_embedding"):
+    found = STRUCTURES.get(structure)
+    if structure == "factorized_embedding" or found.embedding is not None:
         if not isinstance(source, nn.Embedding):
             raise CheckpointError(f"{structure} needs an embedding, found {type(source).__name__}")
-        if structure == "grouped_embedding":
-            typed = STRUCTURES.get(structure).read_spec(spec)
-            typed.check_weight((source.num_embeddings, source.embedding_dim))
-            return GroupedEmbedding(typed.sizes, typed.ranks, typed.embedding_dim, **where)
+        if found.embedding is not None:
+            found.read_spec(spec).check_weight((source.num_embeddings, source.embedding_dim))
+            return found.embedding.from_spec(dict(spec), **where)
         return FactorizedEmbedding(source.num_embeddings, source.embedding_dim, spec["levels"], **where)
     if not isinstance(source, DENSE_LINEAR):
         raise CheckpointError(f"{structure} needs a linear layer, found {type(source).__name__}")

@@ -7,6 +7,7 @@ from kronfold.nn.kronecker_linear import KroneckerLinear
 from kronfold.nn.low_rank import LowRankLinear
 from kronfold.nn.structured import StructuredLinear
 from kronfold.nn.sum_linear import SumLinear
+from kronfold.nn.tensor_train_embedding import TensorTrainEmbedding
 
 __all__ = [
     "FactorizedEmbedding",
@@ -16,5 +17,6 @@ __all__ = [
     "LowRankLinear",
     "StructuredLinear",
     "SumLinear",
+    "TensorTrainEmbedding",
     "TiedHead",
 ]

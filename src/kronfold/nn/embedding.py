@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from kronfold.base.errors import ShapeError
 from kronfold.nn.grouped_embedding import GroupedEmbedding
+from kronfold.nn.tensor_train_embedding import TensorTrainEmbedding
 from kronfold.ops.permutation import drop_identity
 
 
@@ -181,12 +182,12 @@ class TiedHead(nn.Module):
     `copy.deepcopy` of the whole model keeps the tie.
     """
 
-    def __init__(self, embedding: FactorizedEmbedding | GroupedEmbedding) -> None:
+    def __init__(self, embedding: FactorizedEmbedding | GroupedEmbedding | TensorTrainEmbedding) -> None:
         super().__init__()
         self._source = (embedding,)  # a tuple is no submodule
 
     @property
-    def embedding(self) -> FactorizedEmbedding | GroupedEmbedding:
+    def embedding(self) -> FactorizedEmbedding | GroupedEmbedding | TensorTrainEmbedding:
         return self._source[0]
 
     @property

@@ -93,18 +93,20 @@ def fit_rows(
     calibration: Calibration | None,
     *,
     sequential: bool = True,
+    adapt: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[PlanRow]:
     """Fit rows and swap them into `model`, in place: to its weights alone, or to data when there is any.
 
     `sequential`: fit each layer to what the compressed layers before it produce; else to the dense model's inputs.
+    `adapt`: then refit the dense layers of the blocks likewise.
     Returns the rows with their errors.
     """
-    if calibration is None:
+    if calibration is None or not rows:
         return compress_stage(model, rows, seed=seed, progress=progress)
     if sequential:
         return compress_sequentially(
-            model, rows, calibration.statistics, calibration.windows, seed=seed, progress=progress
+            model, rows, calibration.statistics, calibration.windows, adapt=adapt, seed=seed, progress=progress
         )
     return compress_stage(model, rows, seed=seed, statistics=calibration.statistics, progress=progress)

@@ -17,7 +17,7 @@ from kronfold.pipelines.auto import calibrate_on, fit_rows, plan_auto
 from kronfold.pipelines.calibration import Calibration
 from kronfold.pipelines.gathers import absorb_gathers
 from kronfold.pipelines.objectives import check_objectives
-from kronfold.pipelines.stage import Progress, compress_stage
+from kronfold.pipelines.stage import Progress, compress_stage, keep_layers
 from kronfold.planner import planning
 from kronfold.planner.budget import Budget
 from kronfold.planner.plan import Plan
@@ -69,7 +69,7 @@ def plan(
         )
     made = planning.plan(model_or_config, recipe)
     if errors and has_weights:
-        scratch = copy.deepcopy(model_or_config)
+        scratch = _copy_for(model_or_config, made)
         for stage in made.stages:
             stage.rows = compress_stage(scratch, stage.rows, seed=seed, progress=progress)
     return made
@@ -110,20 +110,30 @@ def compress(
     settings = (recipe.auto if recipe else None) or AutoRecipe.model_validate({})
     planned = recipe is not None and recipe.auto is not None
     found = None
-    if planned or calibration is not None:
+    if recipe is not None and planned:
         found = _calibration(model, calibration, settings, tokenizer, seed, cache, progress)
-    if recipe is not None and planned and found is not None:
         made = plan_auto(model, found, recipe, budget, progress=progress)
     elif budget is not None:
         raise RecipeError("A plan or a recipe of fixed shapes cannot be given a budget; use recipe auto.")
     else:
         made = recipe_or_plan if ready else planning.plan(model, recipe)  # type: ignore[assignment, arg-type]
     planning.check_plan(made, model)
-    student = copy.deepcopy(model)
+    student = _copy_for(model, made)
+    if calibration is not None and not planned:
+        found = _calibration(student, calibration, settings, tokenizer, seed, cache, progress)
     for stage in made.stages:
-        fit_rows(student, stage.rows, found, sequential=settings.sequential, seed=seed, progress=progress)
+        fit_rows(
+            student, stage.rows, found,
+            sequential=settings.sequential, adapt=settings.adapt, seed=seed, progress=progress,
+        )  # fmt: skip
     absorb_gathers(student)
     return student
+
+
+def _copy_for(model: PreTrainedModel, made: Plan) -> PreTrainedModel:
+    """A copy of `model` with the blocks that the plan keeps."""
+    begun = keep_layers(model, made.layers)
+    return copy.deepcopy(model) if begun is model else begun
 
 
 def _calibration(

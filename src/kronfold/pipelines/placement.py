@@ -17,7 +17,7 @@ from kronfold.models.families import family_of
 from kronfold.models.linear_view import LinearView
 from kronfold.models.structures import STRUCTURES
 from kronfold.models.surgery import STRUCTURED_EMBEDDING, dense_part
-from kronfold.nn import FactorizedEmbedding, FusedLinear, GroupedEmbedding, TiedHead
+from kronfold.nn import FactorizedEmbedding, FusedLinear, GroupedEmbedding, TensorTrainEmbedding, TiedHead
 from kronfold.planner import planning
 from kronfold.planner.plan import PlanRow
 
@@ -30,9 +30,10 @@ def fit_row(weight: Tensor, row: PlanRow, seed: int, weighting: Weighting | None
     structure = STRUCTURES.get(row.spec["structure"])
     if structure.fit is None:
         raise RecipeError(f"{row.name}: structure {row.spec['structure']!r} cannot be fitted to a weight.")
+    solve = structure.inits.get(row.spec.get("init", ""), structure.fit)
     spec = planning.spec_of(row)
     try:
-        fit = structure.fit(weight, spec, seed, weighting)
+        fit = solve(weight, spec, seed, weighting)
     except InputError as error:
         raise type(error)(f"{row.name}: {error}") from error
     searched = weighting is None and row.spec["structure"] == "kronecker" and (spec.searches_in or spec.searches_out)
@@ -108,12 +109,14 @@ def place_embedding(
         modules[head_name] = _own_head(head, view)
 
 
-def _embedding_with(view: LinearView, row: PlanRow, fit: Any) -> FactorizedEmbedding | GroupedEmbedding:
-    """A Kronecker fit is one more level inside the embedding; a grouped one takes its place."""
-    old = view.module
-    if row.spec["structure"] == "grouped_embedding":
+def _embedding_with(
+    view: LinearView, row: PlanRow, fit: Any
+) -> FactorizedEmbedding | GroupedEmbedding | TensorTrainEmbedding:
+    """A Kronecker fit is one more level inside the embedding; any other one takes its place."""
+    old, cls = view.module, STRUCTURES.get(row.spec["structure"]).embedding
+    if cls is not None:
         like = next(old.parameters())
-        return GroupedEmbedding.from_fit(fit, like.dtype, like.device)
+        return cls.from_fit(fit, like.dtype, like.device)
     embedding = old if isinstance(old, FactorizedEmbedding) else FactorizedEmbedding.from_dense(view.weight())
     return embedding.add_level(fit.b[:, 0, :], fit.perm_in, fit.a)
 

@@ -26,14 +26,17 @@ from kronfold.export.checkpoint import write_model
 from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer
+from kronfold.models.surgery import read_specs
 from kronfold.pipelines.auto import calibrate_on, plan_auto, settings_of
 from kronfold.pipelines.calibration import Calibration
-from kronfold.pipelines.checkpoint import heal_by
 from kronfold.pipelines.gathers import absorb_gathers
+from kronfold.pipelines.healing import heal_by
 from kronfold.pipelines.objectives import check_objectives
 from kronfold.pipelines.run_state import Control, Report, Run, RunOptions
+from kronfold.pipelines.stage import keep_layers
 from kronfold.pipelines.steps import StepBook
 from kronfold.planner import planning
+from kronfold.planner.plan import Plan
 from kronfold.planner.recipe import HealRecipe, Recipe, load_recipe
 from kronfold.train.heal import HealResult
 
@@ -69,11 +72,11 @@ def run(
     check_objectives(recipe)
     teacher = load_model(options.model, device=options.device)
     tokenizer = load_tokenizer(options.model)
-    found = _calibrate(options, recipe, teacher, tokenizer, report)
-    if recipe.auto and found:
+    plan = None if recipe.auto else planning.plan(teacher, recipe)
+    found = _calibrate(options, recipe, teacher, plan, tokenizer, report)
+    if plan is None:
+        assert found is not None  # with auto the training text is read where no other is named
         plan = plan_auto(teacher, found, recipe, options.budget, progress=report)
-    else:
-        plan = planning.plan(teacher, recipe)
     blocks = _blocks(options, recipe, teacher, tokenizer)
     next(iter(documents(options.eval_text)))  # an unreadable evaluation text must not surface after hours
     work = output.with_name(output.name + ".partial")
@@ -94,13 +97,15 @@ def run(
 
 
 def _calibrate(
-    options: RunOptions, recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, report: Report
+    options: RunOptions, recipe: Recipe, teacher: PreTrainedModel, plan: Plan | None, tokenizer: Any, report: Report
 ) -> Calibration | None:
-    """Statistics of the teacher on the calibration texts; `auto` uses the training text when none are named."""
+    """Statistics of the teacher, without the blocks the plan drops, on the calibration texts; `auto` uses the training
+    text when none are named."""
     texts = options.calibration or ([options.train_text] if recipe.auto else [])
     if not texts:
         return None
     settings = recipe.auto or settings_of(None)
+    teacher = keep_layers(teacher, plan.layers if plan else None)
     return calibrate_on(teacher, tokenizer, texts, settings, seed=options.seed, cache=options.cache, progress=report)
 
 
@@ -118,14 +123,22 @@ def _measure(state: Run) -> dict[str, Any]:
     options, book, recipe = state.options, state.book, state.recipe
     teacher = book.step("teacher", lambda: _teacher(state))
     unhealed = book.step("unhealed", lambda: _unhealed(state))
-    stages = _stages(state, recipe, "stages")
+    stages = run_stages(state, state.plan, "stages")
     controls: dict[str, Any] = {"compressed_unhealed": unhealed}
     if "dense" in options.controls:
         controls["dense_finetuned"] = book.step("dense_finetuned", lambda: _dense_finetuned(state))
-    if "plain" in options.controls and recipe.auto is None:  # a planned recipe has no permutations to leave out
-        plain = _stages(state, recipe.without_permutations(), "plain")
+    if "plain" in options.controls and _searches(state):
+        plain = run_stages(state, planning.plan(state.teacher, recipe.without_permutations()), "plain")
         controls["plain_kronecker"] = {"held_parameters": plain[-1]["held_parameters"], "stages": plain}
     return {"teacher": teacher, "stages": stages, "controls": controls}
+
+
+def _searches(state: Run) -> bool:
+    """Whether there are permutations to leave out. A planned recipe is fitted to data and has no such control."""
+    if state.recipe.auto is not None:
+        return False
+    plain = planning.plan(state.teacher, state.recipe.without_permutations())
+    return [row.spec for row in plain.rows] != [row.spec for row in state.plan.rows]
 
 
 def _blocks(options: RunOptions, recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any) -> TokenBlocks:
@@ -158,7 +171,8 @@ def _teacher(state: Run) -> dict[str, Any]:
 
 
 def _unhealed(state: Run) -> dict[str, Any]:
-    student = copy.deepcopy(state.teacher)
+    student = keep_layers(state.teacher, state.plan.layers)
+    student = copy.deepcopy(student) if student is state.teacher else student
     for stage in state.plan.stages:
         state.fit(student, stage.rows)
     found = state.perplexity(student, "the compressed model before healing")
@@ -187,9 +201,8 @@ def _dense_finetuned(state: Run) -> dict[str, Any]:
     }
 
 
-def _stages(state: Run, recipe: Recipe, track: str) -> list[dict[str, Any]]:
-    """Run the stages of `recipe`; after each, its model stands in `<work>/<track>/<stage>`."""
-    plan = state.plan if track == "stages" else planning.plan(state.teacher, recipe)
+def run_stages(state: Run, plan: Plan, track: str) -> list[dict[str, Any]]:
+    """Carry out `plan` stage by stage, healing after each; then its model stands in `<work>/<track>/<stage>`."""
     done: list[dict[str, Any]] = []
     previous: str | Path = state.options.model
     for stage in plan.stages:
@@ -212,18 +225,19 @@ def _stage(
     `read`: tokens the stages before it were healed on.
     """
     started = time.monotonic()
-    student = load_model(source, device=state.options.device)
+    student = keep_layers(load_model(source, device=state.options.device), stage.layers)
     rows = state.fit(student, stage.rows)
     gathers = {"gathers": absorb_gathers(student)} if last else {}
     decomposed = time.monotonic() - started
-    before = state.perplexity(student, f"{stage.name}, before healing")
+    before = _stage_perplexity(state, student, f"{stage.name}, before healing")
     entry: dict[str, Any] = {
         "name": stage.name,
+        **({"layers": stage.layers.to_dict()} if stage.layers else {}),
         "rows": [row.to_dict() for row in rows],
         **gathers,
         "held_parameters": cost(student).held_parameters,
-        "before_healing": before["perplexity"],
-        "after_healing": before["perplexity"],
+        "before_healing": before,
+        "after_healing": before,
         "decompose_seconds": round(decomposed, 2),
         "tokens": 0,
         "seconds": 0.0,
@@ -231,9 +245,8 @@ def _stage(
     }
     if stage.heal:
         healed = _heal(state, student, stage.heal, f"heal {stage.name}", _trainer_of(place), read)
-        after = state.perplexity(student, f"{stage.name}, healed")
         entry.update(
-            after_healing=after["perplexity"],
+            after_healing=_stage_perplexity(state, student, f"{stage.name}, healed"),
             tokens=healed.tokens,
             seconds=healed.seconds,
             losses=healed.losses,
@@ -241,6 +254,10 @@ def _stage(
     entry["sample"] = state.text(student)
     write_model(student, state.tokenizer, place)
     return entry
+
+
+def _stage_perplexity(state: Run, student: PreTrainedModel, what: str) -> float | None:
+    return state.perplexity(student, what)["perplexity"] if state.measures_stages else None
 
 
 def _trainer_of(place: Path) -> Path:
@@ -273,7 +290,8 @@ def _finish(state: Run, student: PreTrainedModel, measured: dict[str, Any]) -> d
     options = state.options
     dtype = options.dtype or load_model(options.model, dtype="auto").dtype
     student.to(dtype)
-    attach(student)
+    if read_specs(student):
+        attach(student)
     write_model(student, state.tokenizer, state.work)
     final = state.perplexity(load_model(state.work, device=options.device), "the saved checkpoint")
     teacher, stages, controls = measured["teacher"], measured["stages"], measured["controls"]

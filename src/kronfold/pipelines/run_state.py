@@ -62,7 +62,11 @@ class RunOptions:
 
 @dataclass
 class Run:
-    """One run in progress: the options, what was loaded, and the book of finished steps."""
+    """One run in progress: the options, what was loaded, and the book of finished steps.
+
+    Attributes:
+        measures_stages: perplexity is measured before and after the healing of every stage.
+    """
 
     options: RunOptions
     recipe: Recipe
@@ -74,6 +78,7 @@ class Run:
     report: Report
     plan: Plan
     calibration: Calibration | None
+    measures_stages: bool = True
 
     def fit(self, student: PreTrainedModel, rows: list[PlanRow]) -> list[PlanRow]:
         """Fit and place the rows of a stage, to data where the run has calibration text."""
@@ -81,9 +86,15 @@ class Run:
         def progress(name: str, done: int, total: int) -> None:
             self.report(f"decompose {name}".strip(), done, total)
 
-        sequential = self.recipe.auto is None or self.recipe.auto.sequential
+        auto = self.recipe.auto
         return fit_rows(
-            student, rows, self.calibration, sequential=sequential, seed=self.options.seed, progress=progress
+            student,
+            rows,
+            self.calibration,
+            sequential=auto is None or auto.sequential,
+            adapt=auto is not None and auto.adapt,
+            seed=self.options.seed,
+            progress=progress,
         )
 
     def perplexity(self, model: PreTrainedModel, what: str) -> dict[str, Any]:

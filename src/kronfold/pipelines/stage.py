@@ -12,12 +12,27 @@ from transformers import PreTrainedModel
 from kronfold.export.quantizer import attach
 from kronfold.models.linear_view import LinearView, sites
 from kronfold.models.statistics import Statistics
-from kronfold.models.surgery import replace_modules
+from kronfold.models.surgery import read_specs, replace_modules
+from kronfold.models.truncate import depth_of, truncate
 from kronfold.pipelines.placement import fit_row, place_embedding, place_linear, weighting_for
 from kronfold.planner import planning
-from kronfold.planner.plan import PlanRow
+from kronfold.planner.plan import KeptLayers, PlanRow
 
 Progress = Callable[[str, int, int], None]  # (what is being done, done, total)
+
+
+def keep_layers(model: PreTrainedModel, layers: KeptLayers | None) -> PreTrainedModel:
+    """A new model with the blocks that a plan keeps, `model` itself where it keeps all (None).
+
+    Raises RecipeError when they are not blocks of the model, which is never changed.
+    """
+    if layers is None:
+        return model
+    planning.check_layers(layers, depth_of(model))
+    student = truncate(model, layers.kept)
+    if read_specs(student):
+        attach(student)
+    return student
 
 
 def compress_stage(
@@ -32,8 +47,11 @@ def compress_stage(
 
     `statistics`: of the dense model, to fit under; biases then take up what the fit leaves of the mean output.
 
-    All fits are done before the first module is swapped. Raises RecipeError when a row does not fit the model.
+    All fits are done before the first module is swapped; without rows nothing is done.
+    Raises RecipeError when a row does not fit the model.
     """
+    if not rows:
+        return []
     views = sites(model)
     planning.check_rows(views, rows)
     modules: dict[str, nn.Module] = {}

@@ -45,13 +45,33 @@ class PlanRow:
         return {**row, **{key: getattr(self, key) for key in optional if getattr(self, key) is not None}}
 
 
+@dataclass(frozen=True)
+class KeptLayers:
+    """The blocks that are kept (0-based, ascending) of a model of `depth` blocks, and the strategy that chose them."""
+
+    kept: tuple[int, ...]
+    depth: int
+    strategy: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kept": list(self.kept), "depth": self.depth, "strategy": self.strategy}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> KeptLayers:
+        return cls(tuple(content["kept"]), content["depth"], content.get("strategy"))
+
+
 @dataclass
 class PlanStage:
-    """The rows of one stage and how it heals."""
+    """The rows of one stage and how it heals.
+
+    `layers`: the blocks that the first stage keeps, None for all. Names of rows count blocks in what is left.
+    """
 
     name: str
     rows: list[PlanRow]
     heal: HealRecipe | None = None
+    layers: KeptLayers | None = None
 
 
 @dataclass
@@ -77,6 +97,11 @@ class Plan:
         return [row for stage in self.stages for row in stage.rows]
 
     @property
+    def layers(self) -> KeptLayers | None:
+        """The blocks that are kept, None for all; only a first stage drops any."""
+        return self.stages[0].layers if self.stages else None
+
+    @property
     def held_parameters(self) -> int:
         return self.cost.held_parameters
 
@@ -90,6 +115,7 @@ class Plan:
             **{f"teacher_{key.removeprefix('held_')}": value for key, value in self.teacher.to_dict().items()},
             rows=[{"stage": stage.name, **row.to_dict()} for stage in self.stages for row in stage.rows],
             heal={stage.name: stage.heal.model_dump() if stage.heal else None for stage in self.stages},
+            **({"layers": self.layers.to_dict()} if self.layers else {}),
             **({"budget": self.budget} if self.budget else {}),
             **({"gathers": self.gathers} if self.gathers else {}),
         )
@@ -130,6 +156,8 @@ class Plan:
                 if row["stage"] == name
             ]
             stages.append(PlanStage(name, rows, HealRecipe(**heal) if heal else None))
+        if content.get("layers"):
+            stages[0].layers = KeptLayers.from_dict(content["layers"])
         keys = list(Cost.__dataclass_fields__)
         return cls(
             recipe=content["recipe"]["name"],

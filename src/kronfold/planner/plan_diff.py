@@ -11,7 +11,8 @@ from kronfold.planner.plan import Plan, PlanRow
 def diff(a: Plan, b: Plan) -> dict[str, Any]:
     """The JSON document of `kronfold plan --diff A B`: totals of both, and every weight whose spec is not the same.
 
-    A weight that only one plan touches is `dense` in the other. Weights are told apart by stage and name.
+    A weight that only one plan touches is `dense` in the other. Weights are told apart by stage and name; where a plan
+    drops blocks (`layers` of its totals), names count the blocks it keeps.
     """
     rows_a, rows_b = _by_place(a), _by_place(b)
     rows = []
@@ -57,5 +58,6 @@ def _totals(plan: Plan) -> dict[str, Any]:
     return {
         "recipe": plan.recipe,
         **plan.cost.to_dict(),
+        **({"layers": plan.layers.to_dict()} if plan.layers else {}),
         "predicted_loss": None if None in predicted or not predicted else sum(predicted),
     }

@@ -8,16 +8,17 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from kronfold.base.errors import KronfoldError, RecipeError, suggest
+from kronfold.base.errors import InputError, KronfoldError, RecipeError, suggest
 from kronfold.models.absorb import expected_gathers
 from kronfold.models.cost import Cost, cost
 from kronfold.models.families import empty_model, family_of
 from kronfold.models.linear_view import LinearView, is_tied, sites
 from kronfold.models.structures import STRUCTURES
 from kronfold.models.surgery import build_skeleton, read_specs
+from kronfold.models.truncate import depth_of, kept_layers, truncate
 from kronfold.planner.patterns import match
-from kronfold.planner.plan import Plan, PlanRow, PlanStage
-from kronfold.planner.recipe import CompressRecipe, Recipe, load_recipe
+from kronfold.planner.plan import KeptLayers, Plan, PlanRow, PlanStage
+from kronfold.planner.recipe import CompressRecipe, Recipe, StageRecipe, load_recipe
 
 
 def skeleton_of(
@@ -51,16 +52,19 @@ def plan(model_or_config: PreTrainedModel | PretrainedConfig, recipe: str | Reci
     recipe = load_recipe(recipe)
     skeleton = skeleton_of(model_or_config)
     teacher = cost(skeleton)
-    specs = read_specs(skeleton)
-    head = name_of_tied_head(skeleton)
     stages: list[PlanStage] = []
     faults: list[str] = []
+    layers = _kept(recipe.stages[0], skeleton, faults)
+    if layers:
+        skeleton = truncate(skeleton, layers.kept)
+    specs, config = read_specs(skeleton), skeleton.config
+    head = name_of_tied_head(skeleton)
     for stage in recipe.stages:
         rows = _rows_of_stage(skeleton, stage.name, stage.compress, faults)
-        stages.append(PlanStage(name=stage.name, rows=rows, heal=stage.heal))
+        stages.append(PlanStage(name=stage.name, rows=rows, heal=stage.heal, layers=None if stages else layers))
         if not faults:
             specs = specs_after(sites(skeleton), rows, specs, head)
-            skeleton = skeleton_of(model_or_config, specs)
+            skeleton = skeleton_of(config, specs)
     if faults:
         raise RecipeError(
             f"Recipe {recipe.name!r} does not fit this model, which is unchanged:\n  " + "\n  ".join(faults)
@@ -107,29 +111,68 @@ def check_rows(views: Mapping[str, LinearView], rows: Iterable[PlanRow]) -> None
 def check_kind(view: LinearView, structure: str) -> None:
     """Raises RecipeError: a structure for embeddings at a linear layer, or the reverse."""
     wanted = STRUCTURES.get(structure)
-    fits = wanted.for_embedding or structure == "kronecker" if view.kind == "embedding" else wanted.module is not None
+    embeds = view.kind == "embedding"
+    fits = wanted.embedding is not None or structure == "kronecker" if embeds else wanted.module is not None
     if not fits:
-        allowed = "kronecker or low_rank" if view.kind == "embedding" else "one for linear layers, e.g. low_rank"
-        article = "an embedding" if view.kind == "embedding" else "a linear layer"
+        allowed = "kronecker, low_rank or tensor_train" if embeds else "one for linear layers, e.g. low_rank"
+        article = "an embedding" if embeds else "a linear layer"
         raise RecipeError(f"structure {structure!r} cannot replace {article}; use {allowed}")
 
 
 def spec_of(row: PlanRow) -> Any:
     """The typed spec of a row."""
-    return STRUCTURES.get(row.spec["structure"]).read_spec({k: v for k, v in row.spec.items() if k != "head"})
+    return STRUCTURES.get(row.spec["structure"]).read_spec(_of_the_weight(row.spec))
+
+
+def _of_the_weight(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's spec without what it says of the head and of the fitting."""
+    return {key: value for key, value in spec.items() if key not in ("head", "init")}
 
 
 def check_plan(made: Plan, model_or_config: PreTrainedModel | PretrainedConfig) -> Cost:
     """What a (perhaps edited) plan makes of a model, counted anew. Raises RecipeError when it does not fit."""
+    return recount(made, model_or_config)[0]
+
+
+def recount(made: Plan, model_or_config: PreTrainedModel | PretrainedConfig) -> tuple[Cost, dict[str, Any]]:
+    """Cost and gathers of a (perhaps edited) plan. Raises RecipeError when it does not fit the model."""
     skeleton = skeleton_of(model_or_config)
-    head = name_of_tied_head(skeleton)
+    if made.layers:
+        check_layers(made.layers, depth_of(skeleton))
+        skeleton = truncate(skeleton, made.layers.kept)
+    head, config = name_of_tied_head(skeleton), skeleton.config
     specs: Mapping[str, Any] = read_specs(skeleton)
     for stage in made.stages:
         views = sites(skeleton)
         check_rows(views, stage.rows)
         specs = specs_after(views, stage.rows, specs, head)
-        skeleton = skeleton_of(model_or_config, specs)
-    return cost_absorbed(skeleton)[0]
+        skeleton = skeleton_of(config, specs)
+    return cost_absorbed(skeleton)
+
+
+def check_layers(layers: KeptLayers, depth: int) -> None:
+    """Raise RecipeError unless the blocks a plan keeps are blocks of a model of `depth` blocks."""
+    if layers.depth != depth:
+        raise RecipeError(
+            f"The plan keeps blocks of a model of {layers.depth} blocks; this one has {depth}. It is unchanged. Make a "
+            "plan for this model."
+        )
+    try:
+        kept_layers(layers.kept, depth)
+    except InputError as error:
+        raise RecipeError(f"The plan does not fit this model, which is unchanged: {error}") from error
+
+
+def _kept(stage: StageRecipe, skeleton: PreTrainedModel, faults: list[str]) -> KeptLayers | None:
+    if stage.layers is None:
+        return None
+    depth = depth_of(skeleton)
+    try:
+        kept = kept_layers(stage.layers, depth, stage.layer_count)
+    except InputError as error:
+        faults.append(f"stage {stage.name}, layers: {error}")
+        return None
+    return KeptLayers(kept, depth, stage.layers if isinstance(stage.layers, str) else None)
 
 
 def name_of_tied_head(skeleton: PreTrainedModel) -> str | None:
@@ -171,6 +214,8 @@ def _row(view: LinearView, entry: CompressRecipe) -> PlanRow:
     check_kind(view, entry.structure)
     spec = structure.ask(view.shape, entry.model_dump())
     spec_dict: dict[str, Any] = {"structure": entry.structure, **spec.to_dict()}
+    if entry.init != "van_loan":
+        spec_dict["init"] = entry.init
     if view.kind == "embedding":
         if entry.structure == "kronecker":
             if spec.b[0] != 1:
@@ -200,7 +245,7 @@ def specs_after(
     for row in rows:
         view = views[row.name]
         spec = spec_of(row)
-        module_spec = {key: value for key, value in row.spec.items() if key != "head"}
+        module_spec = _of_the_weight(row.spec)
         if row.spec["structure"] == "kronecker":
             module_spec |= {"permute_in": spec.searches_in, "permute_out": spec.searches_out}
         elif row.spec["structure"] == "low_rank":

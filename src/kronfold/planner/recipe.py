@@ -78,6 +78,9 @@ class CompressRecipe(_Strict):
         block: Kronecker: (out_b, in_b), canonical orientation; the A factor follows from the weight's shape.
         rank: Kronecker: number of terms (default 1); low rank: the rank. ratio: low rank: share of numbers kept.
         permute: Kronecker: which sides the permutation search may reorder.
+        init: Kronecker: what the factors start from: van_loan (the nearest sum), modified_van_loan (the same, scaled
+            for training), or pruning (some of the weight's own entries; without permutations).
+        cores: tensor_train: how many dimensions each row is split into (default 2); it takes a ratio too.
         terms: sum: the structures to add up, each with its own block, rank, ratio, permute.
         head: embeddings only: tied (the LM head reads the factors) or untied (it keeps a dense copy, as published).
     """
@@ -89,6 +92,8 @@ class CompressRecipe(_Strict):
     rank: int | None = Field(None, ge=1)
     ratio: float | None = Field(None, gt=0, le=1)
     permute: Literal["both", "in", "out", "none"] = "both"
+    init: Literal["van_loan", "modified_van_loan", "pruning"] = "van_loan"
+    cores: int | None = Field(None, ge=2)
     terms: list[TermRecipe] | None = None
     head: Literal["tied", "untied"] = "tied"
 
@@ -101,6 +106,12 @@ class CompressRecipe(_Strict):
     def _terms_of_a_sum(self) -> CompressRecipe:
         if self.terms is not None and self.structure != "sum":
             raise ValueError(f"terms belong to structure sum, not to {self.structure}")
+        if self.cores is not None and self.structure != "tensor_train":
+            raise ValueError(f"cores belong to structure tensor_train, not to {self.structure}")
+        if self.init != "van_loan" and self.structure != "kronecker":
+            raise ValueError(f"init belongs to structure kronecker, not to {self.structure}")
+        if self.init == "pruning" and self.permute != "none":
+            raise ValueError("init pruning keeps entries by their place and permutes nothing; say `permute: none`")
         return self
 
     def without_permutations(self) -> CompressRecipe:
@@ -118,6 +129,7 @@ class AutoRecipe(_Strict):
         windows: calibration windows the layers are fitted on. window: their length in tokens (at most the context).
         gradient_windows: how many of them are also run backwards, for the sensitivities.
         sequential: fit each layer to the inputs that the compressed layers before it produce.
+        adapt: with sequential, also refit the layers of the blocks that stay dense to the inputs they now see.
     """
 
     target_ratio: float = Field(0.65, gt=0, lt=1)
@@ -126,14 +138,35 @@ class AutoRecipe(_Strict):
     window: int = Field(1024, gt=1)
     gradient_windows: int = Field(16, gt=0)
     sequential: bool = False
+    adapt: bool = False
+
+    @model_validator(mode="after")
+    def _adapts_in_sequence(self) -> AutoRecipe:
+        if self.adapt and not self.sequential:
+            raise ValueError("adapt refits layers to what the compressed ones before them give: set sequential too")
+        return self
 
 
 class StageRecipe(_Strict):
-    """One step of the progressive pipeline. `compress` stays empty in a recipe that the planner fills in."""
+    """One step of the progressive pipeline. `compress` stays empty in a recipe that the planner fills in.
+
+    Attributes:
+        layers: the blocks to keep, before anything is compressed: a strategy (`models.truncate.STRATEGIES`) or a list
+            of 0-based indices; the first stage only. From there on, blocks are counted in the truncated model.
+        layer_count: how many blocks a named strategy keeps; None: half of them, of 3l a quarter.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    layers: str | list[int] | None = None
+    layer_count: int | None = Field(None, ge=1)
     compress: list[CompressRecipe] = []
     heal: HealRecipe | None = None
+
+    @model_validator(mode="after")
+    def _count_of_a_strategy(self) -> StageRecipe:
+        if self.layer_count is not None and not isinstance(self.layers, str):
+            raise ValueError("layer_count says how many blocks a strategy keeps; give `layers: alt` (or another) too")
+        return self
 
 
 class Recipe(_Strict):
@@ -149,10 +182,13 @@ class Recipe(_Strict):
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stage names must differ, found {names}")
-        if self.auto and (len(self.stages) > 1 or self.stages[0].compress):
-            raise ValueError("with auto there must be one stage, without compress entries")
-        if not self.auto and not all(stage.compress for stage in self.stages):
-            raise ValueError("every stage needs compress entries, or the recipe an auto entry")
+        first, *later = self.stages
+        if self.auto and (later or first.compress or first.layers is not None):
+            raise ValueError("with auto there must be one stage, without compress entries or layers")
+        if any(stage.layers is not None for stage in later):
+            raise ValueError("layers belong to the first stage; a later one works on the blocks that are left")
+        if not self.auto and not all(stage.compress or stage.layers is not None for stage in self.stages):
+            raise ValueError("every stage needs compress entries (the first: or layers), or the recipe an auto entry")
         return self
 
     def with_heal_tokens(self, total: int | None) -> Recipe:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kronfold.base.errors import InputError
@@ -17,11 +19,13 @@ _REQUIRED = {
     "run": ("model", "recipe", "protocol", "teacher", "held_parameters", "stages"),
     "plan": ("held_parameters", "teacher_parameters", "rows"),
     "plan-diff": ("a", "b", "rows"),
+    "compare": ("model", "teacher", "controls", "rows", "protocol", "data"),
 }
 _WRITTEN_BY = {
     "run": "the results.json that `kronfold run` or `kronfold demo` wrote",
     "plan": "the document that `kronfold plan --json` prints",
     "plan-diff": "the document that `kronfold plan --diff A B --json` prints",
+    "compare": "the results.json that `kronfold compare` wrote",
 }
 
 
@@ -47,6 +51,17 @@ def check_document(document: Any, kind: str) -> None:
             f"The result document lacks {', '.join(missing)}; {reads}, which always has "
             f"{', '.join(_REQUIRED[kind])}. Give {_WRITTEN_BY[kind]}."
         )
+
+
+def read_document(path: str | Path) -> Document:
+    """A result file. Raises InputError when it is missing or no JSON object."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a result file: {error}. Give the results.json of a run.") from error
+    if not isinstance(found, Mapping):
+        raise InputError(f"{path} holds no JSON object. Give the results.json of a run or a comparison.")
+    return found
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ OURS, PLAIN, DENSE, TEACHER = "#2F80ED", "#D9730D", "#0E9384", "#7D8590"
 OURS_NAME, PLAIN_NAME, DENSE_NAME = "with permutations", "plain Kronecker", "dense, fine-tuned"
 
 
-def _label(text: Any) -> str:
+def label(text: Any) -> str:
     """Names go into plotly labels, which read a little HTML: escaped, they show as they are."""
     return html.escape(str(text), quote=False)  # plotly does not decode quotes
 
 
-def _layout(height: int, **more: Any) -> Figure:
+def layout(height: int, **more: Any) -> Figure:
+    """The look that all pictures share; `height` in CSS pixels."""
     return {
         "height": height,
         "margin": {"l": 64, "r": 16, "t": 44, "b": 56},
@@ -34,7 +35,8 @@ def _layout(height: int, **more: Any) -> Figure:
     }
 
 
-def _axis(title: str, **more: Any) -> Figure:
+def axis(title: str, **more: Any) -> Figure:
+    """An axis with a title, without a zero line."""
     return {"title": {"text": title, "standoff": 10}, "automargin": True, "zeroline": False, **more}
 
 
@@ -43,7 +45,7 @@ def error_figure(results: Document) -> Figure | None:
     rows = [matrix for matrix in matrices(results) if numbers.known(matrix.row.get("relative_error"))]
     if not rows:
         return None
-    labels = [_label(matrix.label) for matrix in rows]
+    labels = [label(matrix.label) for matrix in rows]
 
     def bars(name: str, key: str, colour: str) -> Figure:
         return {
@@ -61,12 +63,12 @@ def error_figure(results: Document) -> Figure | None:
         data.append(bars(PLAIN_NAME, "relative_error_plain", PLAIN))
     return {
         "data": data,
-        "layout": _layout(
+        "layout": layout(
             118 + len(rows) * (15 + 11 * len(data)),
             barmode="group",
             bargap=0.3,
             showlegend=len(data) > 1,
-            xaxis=_axis("relative error ‖W − Ŵ‖ / ‖W‖ (unitless)", rangemode="tozero"),
+            xaxis=axis("relative error ‖W − Ŵ‖ / ‖W‖ (unitless)", rangemode="tozero"),
             yaxis={"autorange": "reversed", "automargin": True, "type": "category", "ticksuffix": "  "},
         ),
     }
@@ -89,21 +91,21 @@ def perplexity_figure(results: Document) -> Figure | None:
     data += _level_trace("teacher", results["teacher"], TEACHER, "dash", span)
     data += _level_trace(DENSE_NAME, _dense(results), DENSE, "dashdot", span)
     values, texts, limits = log_ticks([value for trace in data for value in trace["y"] if value])
-    protocol = _label(results["protocol"].get("name", "unnamed"))
+    protocol = label(results["protocol"].get("name", "unnamed"))
     return {
         "data": data,
-        "layout": _layout(
+        "layout": layout(
             420,
             hovermode="closest",
-            xaxis=_axis(
+            xaxis=axis(
                 "stage (open: compressed, filled: healed)",
                 tickvals=centres,
-                ticktext=[_label(stage["name"]) for stage in stages],
+                ticktext=[label(stage["name"]) for stage in stages],
                 range=span,
                 showgrid=False,
             ),
             shapes=[_upright(centre + 1) for centre in centres[:-1]],
-            yaxis=_axis(
+            yaxis=axis(
                 f"perplexity per token ({protocol}), log scale",
                 type="log",
                 tickvals=values,
@@ -119,7 +121,7 @@ def _stage_trace(name: str, stages: Sequence[Document], colour: str, dash: str, 
     shown = [value if value is not None and numbers.known(value) and value > 0 else None for value in values]
     if not any(shown):
         return []
-    places = [f"{_label(stage['name'])}, {when}" for stage in stages for when in ("compressed", "healed")]
+    places = [f"{label(stage['name'])}, {when}" for stage in stages for when in ("compressed", "healed")]
     return [
         {
             "type": "scatter",
@@ -225,17 +227,17 @@ def loss_figure(results: Document) -> Figure | None:
         trace["showlegend"] = trace["name"] not in named
         named.add(trace["name"])
     axes: Figure = {
-        "xaxis": _axis("healing tokens", rangemode="tozero", tickformat="~s", anchor=_axis_id("y", len(panels) - 1))
+        "xaxis": axis("healing tokens", rangemode="tozero", tickformat="~s", anchor=_axis_id("y", len(panels) - 1))
     }
     for number, key in enumerate(panels):
         top, bottom = 1 - number / len(panels), 1 - (number + 1) / len(panels)
         gap = 0.06 if number + 1 < len(panels) else 0
-        axes["yaxis" + _suffix(number)] = _axis(f"{titles[key]}<br>(nats per token)", domain=[bottom + gap, top])
+        axes["yaxis" + _suffix(number)] = axis(f"{titles[key]}<br>(nats per token)", domain=[bottom + gap, top])
     plot_height, names_height = 220 * len(panels), 20
-    layout = _layout(plot_height + 120, hovermode="x", **axes, **_stage_marks(results))
-    layout["margin"]["t"] += names_height
-    layout["legend"]["y"] = 1 + names_height / plot_height  # above the names of the stages
-    return {"data": data, "layout": layout}
+    arranged = layout(plot_height + 120, hovermode="x", **axes, **_stage_marks(results))
+    arranged["margin"]["t"] += names_height
+    arranged["legend"]["y"] = 1 + names_height / plot_height  # above the names of the stages
+    return {"data": data, "layout": arranged}
 
 
 def _suffix(number: int) -> str:
@@ -277,6 +279,6 @@ def _stage_marks(results: Document) -> Figure:
     for stage in results["stages"]:
         shapes.append(_upright(start))
         place = {"x": start, "y": 1, "yref": "paper", "xanchor": "left", "yanchor": "bottom"}
-        notes.append({"text": _label(stage["name"]), "showarrow": False, "font": {"size": 11}, **place})
+        notes.append({"text": label(stage["name"]), "showarrow": False, "font": {"size": 11}, **place})
         start += stage.get("tokens") or 0
     return {"shapes": shapes, "annotations": notes}

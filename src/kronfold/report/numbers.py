@@ -126,3 +126,9 @@ def spec(settings: Mapping[str, Any]) -> str:
     elif not searched:
         rest["permuted"] = "no"
     return f"{text}, {pairs(rest)}" if rest else text
+
+
+def kept_layers(layers: Mapping[str, Any]) -> str:
+    """The `layers` entry of a document, which blocks are kept: `6 of 12 (alt), number 0, 2, 4, 6, 8, 10`."""
+    by = f" ({layers['strategy']})" if layers.get("strategy") else ""
+    return f"{len(layers['kept'])} of {layers['depth']}{by}, number {', '.join(map(str, layers['kept']))}"

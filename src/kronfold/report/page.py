@@ -40,6 +40,30 @@ def write_report(results: Document, path: str | Path) -> Path:
 def render(results: Document) -> str:
     """The HTML of the report, all text of the document escaped. Raises InputError like `write_report`."""
     check_document(results, "run")
+    return render_page(
+        "report.html.j2",
+        results,
+        _figures(results),
+        recipe=results["recipe"],
+        title=f"{results['model']} · {results['recipe'].get('name', 'recipe')}",
+        complete=results.get("complete", True),
+        cards=_cards(results),
+        measured=measured(results),
+        stages=_stage_rows(results),
+        matrices=matrices(results),
+        samples=_samples(results),
+        facts=_facts(results),
+    )
+
+
+def render_page(
+    template: str, results: Document, figures: list[tuple[str, dict[str, Any], str, str]], **content: Any
+) -> str:
+    """One self-contained page from a template that extends `base.html.j2`; the document travels in it.
+
+    Args:
+        figures: (name, plotly figure in plain JSON, heading, how to read it).
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("kronfold.report"),
         autoescape=True,
@@ -48,22 +72,13 @@ def render(results: Document) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {name: getattr(numbers, name) for name in _FILTERS}
-    figures = _figures(results)
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template(template).render(
         results=results,
-        recipe=results["recipe"],
-        title=f"{results['model']} · {results['recipe'].get('name', 'recipe')}",
-        complete=results.get("complete", True),
-        cards=_cards(results),
-        measured=measured(results),
-        stages=_stage_rows(results),
-        matrices=matrices(results),
         figures=figures,
-        samples=_samples(results),
-        facts=_facts(results),
         plotly=Markup(get_plotlyjs()) if figures else "",  # the library's own text, meant to be inlined
         figures_json=_script_json({name: figure for name, figure, _, _ in figures}),
         results_json=_script_json(results),
+        **content,
     )
 
 
@@ -185,6 +200,7 @@ def _facts(results: Document) -> list[tuple[str, str]]:
             "Recipe",
             ": ".join(filter(None, (results["recipe"].get("name"), results["recipe"].get("description")))),
         ),
+        *(("Blocks kept", numbers.kept_layers(stage["layers"])) for stage in results["stages"] if stage.get("layers")),
         ("Perplexity protocol", numbers.protocol(results["protocol"])),
     ]
     for name, key in (("Healing text", "heal"), ("Evaluation text", "eval")):

@@ -92,6 +92,10 @@ def diff_table(document: Document) -> RenderableType:
         ("Predicted loss (nats)", "predicted_loss"),
     ):
         totals.add_row(title, *(_shown(document[side][key]) for side in ("a", "b")))
+    for side in ("a", "b"):
+        if layers := document[side].get("layers"):
+            kept = numbers.kept_layers(layers)
+            totals.add_row(f"Blocks kept by {side.upper()}", *([kept, ""] if side == "a" else ["", kept]))
     if not document["rows"]:
         return Group(totals, Text(f"The plans agree in all {document['equal_rows']} rows."))
     table = simple_table(

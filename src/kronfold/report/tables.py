@@ -29,6 +29,8 @@ def run_summary(results: Document) -> RenderableType:
     if not results.get("complete", True):
         parts.append(Text("This run is not finished; continue it with --resume.", style="bold yellow"))
     parts += [_sizes(results), _controls(results)]
+    kept = [stage["layers"] for stage in results["stages"] if stage.get("layers")]
+    parts += [Text(f"Blocks kept: {numbers.kept_layers(layers)}") for layers in kept]
     if results.get("gathers"):
         parts.append(Text(gathers_line(results["gathers"])))
     if results["stages"]:
@@ -131,6 +133,15 @@ def plan_table(plan: Document) -> RenderableType:
         key = ("stage", "structure", "held_parameters", "teacher_parameters")
         pattern = re.sub(r"\d+", "#", row["name"], count=1)
         groups.setdefault((*(row.get(k) for k in key), str(row.get("spec")), pattern), []).append(row)
+    totals: list[RenderableType] = [_plan_totals(plan)]
+    kept: list[RenderableType] = []
+    if plan.get("gathers"):
+        totals.append(Text(gathers_line(plan["gathers"])))
+    if plan.get("layers"):
+        kept.append(Text(f"Blocks kept: {numbers.kept_layers(plan['layers'])}"))
+    if not rows:
+        return Group(*kept, *totals)
+    kept += [Text("Names below count the blocks that are left.")] if kept else []
     fitted = any(row.get("relative_error") is not None for row in rows)  # a bare config has no errors to show
     table = simple_table(
         "Plan", ["Matrix", "Rank x A⊗B", "Held", "Teacher", *(["Relative error"] if fitted else [])], 2
@@ -147,7 +158,7 @@ def plan_table(plan: Document) -> RenderableType:
             numbers.count(sum(row["teacher_parameters"] for row in members)),
             *([_error_range([row.get("relative_error") for row in members])] if fitted else []),
         )
-    return Group(table, _plan_totals(plan), *([Text(gathers_line(plan["gathers"]))] if plan.get("gathers") else []))
+    return Group(*kept, table, *totals)
 
 
 def gathers_line(gathers: Document) -> str:

@@ -136,9 +136,9 @@ def _train(
 ) -> tuple[TrainerState, float]:
     """(state at the end, seconds of the loop). The models are as before, but for the student's weights."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_left_as_found(student, teacher))
+        stack.enter_context(left_as_found(student, teacher))
         if not config.dropout:
-            stack.enter_context(_without_dropout(student))
+            stack.enter_context(without_dropout(student))
         student.float()
         trainer = DistillationTrainer(
             student, teacher, config.objective, args=args, train_dataset=data, callbacks=callbacks
@@ -218,7 +218,7 @@ def _settings(
 
 
 @contextlib.contextmanager
-def _left_as_found(*models: PreTrainedModel | None) -> Iterator[None]:
+def left_as_found(*models: PreTrainedModel | None) -> Iterator[None]:
     """Undo what training leaves on a model: gradients, train or eval mode, accelerate's wrapper of `forward`."""
     wrapping = ("forward", "_original_forward", "_is_accelerate_prepared")
     found = [
@@ -238,7 +238,7 @@ def _left_as_found(*models: PreTrainedModel | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_dropout(model: PreTrainedModel) -> Iterator[None]:
+def without_dropout(model: PreTrainedModel) -> Iterator[None]:
     """Every dropout rate 0: modules, and the plain number some attention classes keep."""
     names = [(module, "p") for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     names += [(module, "attention_dropout") for module in model.modules() if hasattr(module, "attention_dropout")]

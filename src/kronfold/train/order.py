@@ -38,6 +38,10 @@ class ShuffledStream(Dataset):
             # One generator per epoch; an odd multiplier keeps (seed, epoch) pairs of neighbouring seeds
             # apart.
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-            self._order = torch.randperm(size, generator=generator).tolist()
+            self._order = self._shuffled(epoch, size, generator)
             self._epoch = epoch
         return self.data[self._order[position]]
+
+    def _shuffled(self, epoch: int, size: int, generator: torch.Generator) -> list[int]:
+        """The order of one epoch (from 0)."""
+        return torch.randperm(size, generator=generator).tolist()

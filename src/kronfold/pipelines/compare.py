@@ -1,0 +1,354 @@
+"""Many recipes, one table: each brought to the same size, healed on the same tokens, measured on the same texts.
+
+The output directory is the comparison: every finished row stands in it at once, `resume` goes on where an earlier call
+stopped, and adds recipes to one that is done.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kronfold.base import results
+from kronfold.base.errors import InputError, suggest
+from kronfold.base.files import check_output, sha256_of, write_json
+from kronfold.data.packing import TokenBlocks, pack
+from kronfold.data.sources import documents
+from kronfold.evaluate.lambada import lambada
+from kronfold.evaluate.perplexity import PROTOCOLS, PerplexityResult, perplexity
+from kronfold.evaluate.speed import generation_speed
+from kronfold.evaluate.texts import open_text
+from kronfold.models.cost import cost
+from kronfold.models.load import load_model, load_tokenizer
+from kronfold.pipelines.auto import calibrate_on, settings_of
+from kronfold.pipelines.calibration import Calibration
+from kronfold.pipelines.compare_rows import Objective, Row, check_rows, row_of, with_budget
+from kronfold.pipelines.gathers import absorb_gathers
+from kronfold.pipelines.healing import heal_by
+from kronfold.pipelines.progressive import run_stages
+from kronfold.pipelines.run_state import Report, Run, RunOptions
+from kronfold.pipelines.stage import keep_layers
+from kronfold.pipelines.steps import StepBook
+from kronfold.planner.budget import Budget
+from kronfold.planner.recipe import HealRecipe, Recipe, load_recipe
+
+# The dense model is near its optimum already: the step size of the recipe `auto`, not that of a broken model.
+_DENSE_LEARNING_RATE = 2e-4
+_TEXT_ONLY = {"ce": 1.0, "kl": 0.0}
+_PROMPT_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What a comparison is made of; all but `recipes` must be the same when it is resumed.
+
+    Attributes:
+        model: the teacher. recipes: shipped names or YAML files, one row each.
+        train_text: all heal on its tokens, in the same order. eval_texts: name to source; the first one is the main
+            text, on which models are also measured before healing. lambada: source of the passages, None for none.
+        heal_tokens: healing budget of every row. budget: size of every row, None for each recipe's own.
+        objective: "own" heals by each recipe's objective, "same" all by the default one.
+        calibration: texts for recipes that are planned; default: the training text.
+        protocol, block_size, seed, device, cache: as in `RunOptions`.
+    """
+
+    model: str
+    recipes: Sequence[str]
+    train_text: str
+    eval_texts: Mapping[str, str]
+    heal_tokens: int
+    lambada: str | None = None
+    budget: Budget | None = None
+    objective: Objective = "own"
+    calibration: Sequence[str] = ()
+    block_size: int | None = None
+    protocol: str = "sliding"
+    seed: int = 0
+    device: str = "cpu"
+    cache: str | None = None
+    name: str | None = None
+    command: str = ""
+
+
+@dataclass
+class _Comparison:
+    """What all rows share."""
+
+    options: CompareOptions
+    output: Path
+    book: StepBook
+    teacher: PreTrainedModel
+    tokenizer: Any
+    blocks: TokenBlocks
+    calibration: Calibration | None
+    report: Report
+
+    def run_of(self, row: Row) -> Run:
+        options = self.options
+        shared = RunOptions(
+            model=options.model,
+            recipe=row.recipe.name,
+            train_text=options.train_text,
+            eval_text=next(iter(options.eval_texts.values())),
+            heal_tokens=options.heal_tokens,
+            protocol=options.protocol,
+            seed=options.seed,
+            device=options.device,
+        )
+        found = self.calibration if row.recipe.auto else None
+        return Run(
+            shared, row.recipe, self.output, self.book, self.teacher, self.tokenizer, self.blocks, self.report,
+            row.sized.plan, found, measures_stages=False,
+        )  # fmt: skip
+
+    def perplexity(self, model: PreTrainedModel, text: str, who: str) -> PerplexityResult:
+        def progress(done: int, total: int) -> None:
+            self.report(f"evaluate {who} on {text}", done, total)
+
+        source = open_text(self.options.eval_texts[text])
+        return perplexity(model, self.tokenizer, source, self.options.protocol, progress=progress)
+
+    def measure(self, model: PreTrainedModel, who: str) -> dict[str, Any]:
+        """Perplexity on every text, and LAMBADA."""
+        texts = {text: self.perplexity(model, text, who) for text in self.options.eval_texts}
+        found: dict[str, Any] = {
+            "perplexities": {text: result.perplexity for text, result in texts.items()},
+            "protocol": next(iter(texts.values())).protocol,
+        }
+        if self.options.lambada:
+            passages = lambada(
+                model, self.tokenizer, self.options.lambada,
+                progress=lambda done, total: self.report(f"evaluate {who} on LAMBADA", done, total),
+            )  # fmt: skip
+            found["lambada"] = {
+                "accuracy": passages.accuracy,
+                "perplexity": passages.perplexity,
+                "passages": passages.passages,
+            }
+        return found
+
+
+def compare(
+    options: CompareOptions,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Report = lambda what, done, total: None,
+    finish: Callable[[dict[str, Any], Path], object] = lambda document, place: None,
+) -> dict[str, Any]:
+    """Run every recipe at one size and one healing budget, with the dense teacher and its fine-tuning as controls.
+
+    Args:
+        output: directory that receives `results.json`, rewritten after every row, and a checkpoint per row.
+        resume: go on with an earlier comparison there; finished rows are kept, recipes may be added.
+        finish: called with the document and the directory whenever it was rewritten, e.g. to draw the page.
+
+    Returns the document (schema `kronfold/compare`).
+
+    Raises InputError, RecipeError, DataError, OutputError: anything given that cannot be used, all before any work.
+    """
+    output = check_output(output, overwrite, allow_existing=resume)
+    _check(options)
+    recipes = [with_budget(load_recipe(name), options.heal_tokens, options.objective) for name in options.recipes]
+    teacher = load_model(options.model, device=options.device)
+    tokenizer = load_tokenizer(options.model)
+    amount = options.budget.amount_for(cost(teacher)) if options.budget else None
+    check_rows(teacher, recipes, amount)
+    context = getattr(teacher.config, "max_position_embeddings", 1024)
+    size = min(options.block_size or 1024, context)
+    blocks = pack(documents(options.train_text), tokenizer, size, max_tokens=options.heal_tokens)
+    for source in [*options.eval_texts.values(), *([options.lambada] if options.lambada else [])]:
+        next(iter(documents(source)))  # an unreadable text must not surface after hours
+    found = _calibrate(options, recipes, teacher, tokenizer, report)
+    book = StepBook.open(output, _fingerprint(options, blocks), resume, discard=overwrite)
+    state = _Comparison(options, output, book, teacher, tokenizer, blocks, found, report)
+    document: dict[str, Any] = {}
+    for document in _documents(state, recipes, amount):
+        write_json(output / "results.json", document)
+        finish(document, output)
+    return document
+
+
+def _documents(state: _Comparison, recipes: Sequence[Recipe], amount: float | None) -> Iterator[dict[str, Any]]:
+    """The document after the controls, and after every row."""
+    book = state.book
+    teacher = book.step("teacher", lambda: {**cost(state.teacher).to_dict(), **state.measure(state.teacher, "teacher")})
+    dense = book.step("dense_finetuned", lambda: _dense(state))
+    rows: list[dict[str, Any]] = []
+    for recipe in recipes:
+        row = row_of(state.teacher, recipe, amount, state.calibration, state.report)
+        rows.append(_row(state, row, teacher))
+        yield _document(state, teacher, dense, rows, len(rows) == len(recipes), amount)
+
+
+def _row(state: _Comparison, row: Row, teacher: Mapping[str, Any]) -> dict[str, Any]:
+    name, sized, run = row.recipe.name, row.sized, state.run_of(row)
+    before = state.book.step(f"{row.track}/before", lambda: _before(state, run, name))
+    stages = run_stages(run, sized.plan, row.track)
+    place = state.output / row.track
+    last = place / sized.plan.stages[-1].name
+    measured = state.book.step(f"{row.track}/measured", lambda: _measured(state, last, name))
+    for stage in sized.plan.stages[:-1]:
+        shutil.rmtree(place / stage.name, ignore_errors=True)
+    main = next(iter(state.options.eval_texts))
+    after = measured["perplexities"][main]
+    return {
+        "recipe": name,
+        "description": row.recipe.description,
+        "size": {"own": sized.own, "reached": sized.reached, "note": sized.note},
+        **measured["cost"],
+        "perplexity_before": before["perplexity"],
+        "perplexity_after": after,
+        "excess_perplexity": after / teacher["perplexities"][main] - 1,
+        "perplexities": measured["perplexities"],
+        **({"lambada": measured["lambada"]} if "lambada" in measured else {}),
+        "decompose_seconds": sum(stage["decompose_seconds"] for stage in stages),
+        "heal_seconds": round(sum(stage["seconds"] for stage in stages), 1),
+        "heal_tokens": sum(stage["tokens"] for stage in stages),
+        "objective": _objectives(row.recipe),
+        "tokens_per_second": measured["speed"]["student"],
+        "teacher_tokens_per_second": measured["speed"]["teacher"],
+        "losses": [{"stage": stage["name"], **entry} for stage in stages for entry in stage["losses"]],
+        "checkpoint": str(last.relative_to(state.output)),
+    }  # fmt: skip
+
+
+def _objectives(recipe: Recipe) -> list[dict[str, Any]]:
+    """What the healing stages train on, equal ones once."""
+    found = [stage.heal.objective.model_dump() for stage in recipe.stages if stage.heal]
+    return [entry for i, entry in enumerate(found) if entry not in found[:i]]
+
+
+def _before(state: _Comparison, run: Run, name: str) -> dict[str, Any]:
+    """All stages at once, nothing trained."""
+    student = load_model(state.options.model, device=state.options.device)
+    started = time.monotonic()
+    for stage in run.plan.stages:
+        student = keep_layers(student, stage.layers)
+        run.fit(student, stage.rows)
+    absorb_gathers(student)
+    seconds = round(time.monotonic() - started, 2)
+    main = next(iter(state.options.eval_texts))
+    return {"perplexity": state.perplexity(student, main, f"{name} before healing").perplexity, "seconds": seconds}
+
+
+def _measured(state: _Comparison, checkpoint: Path, name: str) -> dict[str, Any]:
+    """The saved checkpoint, as anyone would load it."""
+    student = load_model(checkpoint, device=state.options.device)
+    return {"cost": cost(student).to_dict(), **state.measure(student, name), "speed": _speed(state, student)}
+
+
+def _speed(state: _Comparison, student: PreTrainedModel) -> dict[str, float]:
+    prompt = state.blocks[0]["input_ids"][:_PROMPT_TOKENS][None].to(student.device)
+    return generation_speed({"teacher": state.teacher, "student": student}, prompt)
+
+
+def _dense(state: _Comparison) -> dict[str, Any]:
+    """The control: the uncompressed model fine-tuned on the same tokens."""
+    options, who = state.options, "the fine-tuned dense model"
+    model = load_model(options.model, device=options.device)
+    settings = {"tokens": options.heal_tokens, "learning_rate": _DENSE_LEARNING_RATE, "objective": _TEXT_ONLY}
+    recipe = HealRecipe.model_validate(settings)
+
+    def progress(step: int, total: int, _losses: Mapping[str, float]) -> None:
+        state.report("fine-tune the dense model", step, total)
+
+    healed = heal_by(
+        recipe, model, state.teacher, state.blocks,
+        seed=options.seed, output_dir=None, resume=False, progress=progress,
+    )  # fmt: skip
+    return {
+        **cost(model).to_dict(),
+        **state.measure(model, who),
+        "learning_rate": _DENSE_LEARNING_RATE,
+        "heal_tokens": healed.tokens,
+        "heal_seconds": round(healed.seconds, 1),
+        "losses": healed.losses,
+    }
+
+
+def _check(options: CompareOptions) -> None:
+    if options.protocol not in PROTOCOLS:
+        raise InputError(f"Unknown protocol {options.protocol!r}. {suggest(options.protocol, PROTOCOLS)}")
+    if options.heal_tokens < 2:
+        raise InputError(f"heal_tokens is {options.heal_tokens}; give at least 2.")
+    if not options.recipes or not options.eval_texts:
+        raise InputError("A comparison needs at least one recipe and one evaluation text.")
+    if options.budget and options.budget.unit != "params":
+        raise InputError(
+            "A comparison is at equal held parameters: give --target-ratio or --target-params, or neither to compare "
+            "every recipe at its own size."
+        )
+
+
+def _calibrate(
+    options: CompareOptions, recipes: Sequence[Recipe], teacher: PreTrainedModel, tokenizer: Any, report: Report
+) -> Calibration | None:
+    planned = [recipe for recipe in recipes if recipe.auto]
+    if not planned:
+        return None
+    texts = options.calibration or [options.train_text]
+    return calibrate_on(
+        teacher, tokenizer, texts, settings_of(planned[0]), seed=options.seed, cache=options.cache, progress=report
+    )
+
+
+def _fingerprint(options: CompareOptions, blocks: TokenBlocks) -> dict[str, Any]:
+    """What must be equal when a comparison is resumed; recipes may be added."""
+    model = Path(options.model)
+    files = sorted(file for file in model.rglob("*") if file.is_file()) if model.is_dir() else []
+    return {
+        "model": options.model,
+        "model_sha256": sha256_of(*files),
+        "train_sha256": blocks.sha256,
+        "eval_texts": dict(options.eval_texts),
+        "lambada": options.lambada,
+        "heal_tokens": options.heal_tokens,
+        "budget": asdict(options.budget) if options.budget else None,
+        "objective": options.objective,
+        "calibration": list(options.calibration),
+        "protocol": options.protocol,
+        "seed": options.seed,
+    }
+
+
+def _document(
+    state: _Comparison,
+    teacher: dict[str, Any],
+    dense: dict[str, Any],
+    rows: list[dict[str, Any]],
+    complete: bool,
+    amount: float | None,
+) -> dict[str, Any]:
+    options = state.options
+    return results.document(
+        "compare",
+        options.seed,
+        command=options.command,
+        model=options.name or options.model,
+        complete=complete,
+        target={"held_parameters": round(amount), "ratio": amount / teacher["held_parameters"]} if amount else None,
+        objective=options.objective,
+        protocol=teacher["protocol"],
+        data={
+            "heal": {
+                "source": Path(options.train_text).name,
+                "tokens": state.blocks.tokens,
+                "sha256": state.blocks.sha256,
+            },
+            "eval": {name: Path(source).name for name, source in options.eval_texts.items()},
+            "lambada": Path(options.lambada).name if options.lambada else None,
+            "calibration": state.calibration.to_dict() if state.calibration else None,
+        },
+        teacher=teacher,
+        controls={"dense_finetuned": dense},
+        rows=rows,
+        total_seconds=round(state.book.seconds(), 1),
+    )

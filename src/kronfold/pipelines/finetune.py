@@ -1,0 +1,256 @@
+"""Fine-tune a checkpoint on a task of GLUE, over several seeds, with or without a teacher; save the best."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kronfold.base import results
+from kronfold.base.errors import DataError, InputError
+from kronfold.base.files import atomic_directory, check_output, write_json
+from kronfold.data import glue
+from kronfold.data.sequences import collator, encode_examples, padding_token
+from kronfold.evaluate.glue import answers, predict, score, spread
+from kronfold.export.checkpoint import write_model
+from kronfold.export.quantizer import attach
+from kronfold.models.cost import cost
+from kronfold.models.load import load_classifier, load_config, load_tokenizer, read_dtype
+from kronfold.models.surgery import read_specs
+from kronfold.pipelines.steps import StepBook
+from kronfold.train.classify import FineTuneConfig, fine_tune
+
+RULE = (
+    "best epoch of each seed by the score on the dev set (mean of the task's metrics over its dev sets; the earliest "
+    "of equals); the model of the best seed by the same score is saved. Scores chosen on a set are a little too good "
+    "on it, alike for all models; `last` holds those of the last epoch, which nothing was chosen by."
+)
+INPUT = (
+    "end-of-text token between two texts, none at the end; cut to max_length from the right; padded on the right to "
+    "the longest of the batch; answer read at the last real token"
+)
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class FineTuneOptions:
+    """What one fine-tuning is made of; only an unfinished one of equal options may be resumed.
+
+    Attributes:
+        model: a causal language model or a classifier, dense or structured. task: a name of GLUE.
+        train_file, dev_files: local .tsv files (dev_files: one, or matched and mismatched of mnli); without them
+            `dataset` is asked. columns: names of the texts' columns, then the label's; empty: found by themselves.
+        teacher: a classifier of the same task, None for labels alone.
+        settings: epochs, learning rate and the like; its `objective` counts only with a teacher, its seed never.
+        seeds: one fine-tuning each. max_length: in tokens, cut to the context of the models.
+    """
+
+    model: str
+    task: str
+    train_file: str | None = None
+    dev_files: tuple[str, ...] = ()
+    dataset: str = glue.DATASET
+    columns: tuple[str, ...] = ()
+    teacher: str | None = None
+    settings: FineTuneConfig = field(default_factory=FineTuneConfig)
+    seeds: tuple[int, ...] = (0,)
+    max_length: int = 128
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What all seeds share."""
+
+    task: glue.Task
+    tokenizer: Any
+    pad: int
+    max_length: int
+    train: list[dict[str, Any]]
+    dev: dict[str, tuple[list[dict[str, Any]], list[float]]]  # rows and labels by the name of the dev set
+
+    def measure(self, model: PreTrainedModel) -> tuple[float, dict[str, float]]:
+        """The score and every metric on every dev set, named `metric` or `metric_set`."""
+        found = {}
+        for name, (rows, labels) in self.dev.items():
+            said = answers(predict(model, rows, collator(self.pad)), self.task)
+            for metric, value in score(self.task.metrics, said, labels).items():
+                found[f"{metric}_{name}" if name else metric] = value
+        return sum(found.values()) / len(found), found
+
+
+def finetune(
+    options: FineTuneOptions,
+    output: str | Path,
+    *,
+    name: str | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Report = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """Fine-tune by `options`; the best model, its tokenizer and results.json in `output`. Returns the document.
+
+    Finished seeds lie in `<output>.partial` until the end; `resume` goes on after them. Raises InputError, DataError,
+    CheckpointError, OutputError, all before any training but for a loss that is no longer finite.
+    """
+    task = _check(options)
+    check_output(output, overwrite)
+    if dtype:
+        read_dtype(dtype)
+    train, dev = _read(options, task)
+    bench = _bench(options, task, train, dev)
+    teacher = None
+    if options.teacher:
+        teacher = load_classifier(options.teacher, task.outputs, trained=True, pad=bench.pad, device=device)
+    work = Path(output).with_name(Path(output).name + ".partial")
+    data = {"train": train.to_dict(), "dev": {split or "dev": one.to_dict() for split, one in dev.items()}}
+    book = StepBook.open(work, {"options": asdict(options), "data": data}, resume, discard=overwrite)
+
+    def one_seed(seed: int) -> dict[str, Any]:
+        found, model = _one_seed(options, bench, teacher, seed, device, report)
+        earlier = [book.steps[f"seed {other}"]["score"] for other in options.seeds if f"seed {other}" in book.steps]
+        if not earlier or found["score"] > max(earlier):
+            _save(model, bench, _dtype(options.model, dtype), work / "model")
+        return found
+
+    seeds = [book.step(f"seed {seed}", partial(one_seed, seed)) for seed in options.seeds]
+    taught = book.step("teacher", lambda: bench.measure(teacher)[1] if teacher else None)
+    best = max(seeds, key=lambda one: one["score"])
+    document = results.document(
+        "finetune",
+        None,
+        model=name or options.model,
+        task=task.name,
+        metrics=list(task.metrics),
+        rule=RULE,
+        input={"description": INPUT, "max_length": bench.max_length},
+        data=data,
+        teacher={"model": Path(options.teacher).name, "dev": taught} if options.teacher else None,
+        settings=_settings(options),
+        **cost(load_classifier(options.model, task.outputs, pad=bench.pad)).to_dict(),
+        seeds=seeds,
+        summary={key: spread([one["best"][key] for one in seeds]) for key in best["best"]},
+        summary_last={key: spread([one["last"][key] for one in seeds]) for key in best["last"]},
+        saved_seed=best["seed"],
+        seconds=round(book.seconds(), 1),
+    )
+    with atomic_directory(output, overwrite) as place:
+        shutil.copytree(work / "model", place, dirs_exist_ok=True)
+        write_json(place / "results.json", document)
+    shutil.rmtree(work, ignore_errors=True)
+    return document
+
+
+def _check(options: FineTuneOptions) -> glue.Task:
+    """The task; raises InputError for whatever can be seen without reading a file."""
+    task = glue.task_of(options.task)
+    if not options.seeds or len(set(options.seeds)) != len(options.seeds):
+        raise InputError(f"Seeds {list(options.seeds)}: give one or more, each once, such as 0,1,2.")
+    if options.max_length < 2:
+        raise InputError(f"max_length is {options.max_length}; texts need at least 2 tokens, 128 is usual.")
+    if bool(options.train_file) != bool(options.dev_files):
+        given, lacking = ("--train-file", "--dev-file") if options.train_file else ("--dev-file", "--train-file")
+        raise InputError(f"{given} was given without {lacking}. Give both, or neither to ask {options.dataset}.")
+    if len(options.dev_files) > len(task.dev):
+        raise InputError(f"Task {task.name} has {len(task.dev)} dev set(s), {len(options.dev_files)} were given.")
+    if options.columns and not options.train_file:
+        raise InputError("--columns names the columns of local files; give --train-file and --dev-file too.")
+    if options.settings.objective.needs_teacher and not options.teacher:
+        raise InputError("This method learns from a teacher: give --teacher, a classifier fine-tuned on the task.")
+    return task
+
+
+def _read(options: FineTuneOptions, task: glue.Task) -> tuple[glue.Examples, dict[str, glue.Examples]]:
+    """Train and dev examples. Raises DataError."""
+    if options.train_file:
+        files = dict(zip(task.dev, options.dev_files, strict=False))
+        train = glue.read_tsv(options.train_file, task, options.columns)
+        dev = {name: glue.read_tsv(path, task, options.columns) for name, path in files.items()}
+    else:
+        train = glue.read_dataset(options.dataset, task, "train")
+        dev = {name: glue.read_dataset(options.dataset, task, split) for name, split in task.dev.items()}
+    if task.labels and len(set(train.labels)) < 2:
+        raise DataError(f"{train.source} has one label only ({train.labels[0]:g}); nothing can be learnt from it.")
+    return train, dev
+
+
+def _bench(options: FineTuneOptions, task: glue.Task, train: glue.Examples, dev: dict[str, glue.Examples]) -> _Bench:
+    tokenizer = load_tokenizer(options.model)
+    pad = padding_token(tokenizer)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    configs = [load_config(source) for source in (options.model, options.teacher) if source]
+    contexts = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs]
+    length = min([options.max_length, *(context for context in contexts if context)])
+
+    def rows(examples: glue.Examples) -> list[dict[str, Any]]:
+        return encode_examples(examples, task, tokenizer, length)
+
+    return _Bench(task, tokenizer, pad, length, rows(train), {n: (rows(one), one.labels) for n, one in dev.items()})
+
+
+def _one_seed(
+    options: FineTuneOptions, bench: _Bench, teacher: PreTrainedModel | None, seed: int, device: str, report: Report
+) -> tuple[dict[str, Any], PreTrainedModel]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of the new head
+        model = load_classifier(
+            options.model, bench.task.outputs, labels=bench.task.labels, pad=bench.pad, device=device
+        )
+    trained = fine_tune(
+        model, teacher, bench.train, collator(bench.pad), bench.measure, replace(options.settings, seed=seed),
+        device=device, progress=lambda done, total: report(f"fine-tune (seed {seed})", done, total),
+    )  # fmt: skip
+    best = trained.epochs[trained.best]
+    found = {
+        "seed": seed,
+        "best_epoch": best["epoch"],
+        "score": best["score"],
+        "best": best["dev"],
+        "last": trained.epochs[-1]["dev"],
+        "epochs": trained.epochs,
+        "steps": trained.steps,
+        "seconds": round(trained.seconds, 1),
+    }
+    return found, model
+
+
+def _save(model: PreTrainedModel, bench: _Bench, dtype: torch.dtype, place: Path) -> None:
+    model.to(dtype)
+    if read_specs(model):
+        attach(model)
+    with atomic_directory(place, overwrite=True) as scratch:
+        write_model(model, bench.tokenizer, scratch)
+
+
+def _dtype(source: str, asked: str | None) -> torch.dtype:
+    """What to save in: as asked, else as the checkpoint says, else float32."""
+    own = asked or getattr(load_config(source), "dtype", None) or "float32"
+    return own if isinstance(own, torch.dtype) else read_dtype(str(own).removeprefix("torch."))
+
+
+def _settings(options: FineTuneOptions) -> dict[str, Any]:
+    kept = options.settings.to_dict()
+    del kept["seed"]
+    return kept
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`0,1,2` as numbers. Raises InputError."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--seeds {text!r}: give whole numbers, comma-separated, such as 0,1,2.") from error
+
+
+def column_names(text: str | None) -> Sequence[str]:
+    """`question,answer,label` as names."""
+    return tuple(part.strip() for part in text.split(",")) if text else ()
