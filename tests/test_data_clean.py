@@ -369,9 +369,12 @@ def test_command_line(tmp_path, capsys):
     code, out, _ = call(source, "-o", tmp_path / "a", "--filters", "exact", "--json")
     assert code == 0
     assert json.loads(out) == json.loads((tmp_path / "a" / "manifest.json").read_text())
-    code, out, _ = call(source, "-o", tmp_path / "b", "--filters", "exact", "--seed", "3")
+    code, out, err = call(source, "-o", tmp_path / "b", "--filters", "exact", "--seed", "3")
     assert code == 0
     assert "4 of 5 documents" in out
+    assert [line for line in err.splitlines() if line] == [
+        "clean: read ...", "clean: filters ...", "clean: exact-find ...", "clean: exact-drop ...",
+    ]  # fmt: skip
     code, out, err = call(source, "-o", tmp_path / "c", "--filters", "exakt")
     assert (code, out) == (2, "")
     assert "Did you mean 'exact'" in err

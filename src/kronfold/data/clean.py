@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
-import io
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -54,9 +51,7 @@ def clean(
     with explain_write_errors(output):
         found = _read(source, partial, chosen, report)
         stages = make_stages(partial, chosen, found["shards"])
-        with _quiet():
-            done = run_stages(stages, chosen, partial / "logs", report)
-        if not done:
+        if not run_stages(stages, chosen, partial / "logs", report):
             return {"schema": "kronfold/clean", "submitted": True, "partial": str(partial), "tasks": _tasks(stages)}
         filters = _filters(partial, chosen, found)
         result = partial / "output"
@@ -106,21 +101,6 @@ def _read(source: str | Path, partial: Path, settings: CleanSettings, report: Pr
     except DataError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """datatrove's progress bars and log lines would drown ours; what goes wrong arrives as an exception."""
-    before = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"  # for worker processes
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        if before is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = before
 
 
 def _tasks(stages: Any) -> dict[str, int]:

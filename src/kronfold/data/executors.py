@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import io
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +100,8 @@ def run_stages(stages: Sequence[Stage], settings: CleanSettings, logs: Path, rep
                 f"ended with a fault, delete {note} and resume: only the missing tasks are submitted again."
             )
         chain = executors(stages, settings, logs)
-        chain[-1].run()  # launches those it depends on first
+        with _quiet():
+            chain[-1].run()  # launches those it depends on first
         write_json(note, {"executor": "slurm", "missing": missing})
         return False
     if settings.workers > 1:
@@ -108,10 +111,26 @@ def run_stages(stages: Sequence[Stage], settings: CleanSettings, logs: Path, rep
             report(f"clean: {stage.name}", done, len(stages))
         if missing[stage.name]:
             executor.depends = None  # the stages before are complete: they ran in this loop
-            executor.run()
+            with _quiet():
+                executor.run()
             if left := stage.missing(logs):
                 raise DataError(f"Stage {stage.name}: {left} of {stage.tasks} tasks failed. Look into {logs}, resume.")
     return True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """datatrove's progress bars and log lines would drown ours; what goes wrong arrives as an exception."""
+    before = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"  # for worker processes
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        if before is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = before
 
 
 def _preload() -> None:
