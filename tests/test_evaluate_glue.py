@@ -80,6 +80,16 @@ def test_padding_changes_no_logit(places, kind) -> None:
     assert together.std(0).min() > 1e-3  # they do differ from row to row
 
 
+@pytest.mark.parametrize("family", pico.FAMILY_CONFIGS)
+def test_padding_changes_no_logit_in_any_family(tmp_path, family) -> None:
+    pico.family(family).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = load_classifier(tmp_path, 2, pad=0)
+    rows = [{"input_ids": ids, "labels": 0} for ids in ([5, 7], [9, 0, 3, 8], [11], [2, 0, 12] * 8)]
+    alone = torch.cat([predict(model, [row], collator(0)) for row in rows])
+    torch.testing.assert_close(predict(model, rows, collator(0)), alone, rtol=0, atol=1e-6)
+
+
 def test_answers_and_modes(places) -> None:
     model = load_classifier(places["dense"], 3, pad=0).train()
     rows = [{"input_ids": [index + 1] * (index % 5 + 1), "labels": 0} for index in range(70)]  # more than a batch
