@@ -196,7 +196,7 @@ def test_minilm_terms_by_hand(family):
         eager = copy.deepcopy(model)
         eager.config._attn_implementation_internal = "eager"
         probabilities = eager(ids, output_attentions=True).attentions[1]
-        value = signal.attentions[1].value
+        value = signal.attentions[1].value.repeat_interleave(4 // signal.attentions[1].value.shape[1], dim=1)
         scores = value @ value.transpose(-1, -2) / value.shape[-1] ** 0.5
         scores = scores.masked_fill(~torch.ones(6, 6).tril().bool(), -1e30)
         maps.append((probabilities, scores.softmax(-1)))

@@ -29,8 +29,8 @@ class RecordedAttention:
     """What one layer handed to its attention kernel.
 
     Attributes:
-        query: (batch, heads, length, size), after rotation and scaling by nothing. key, value: the same, of as many
-            heads as the queries.
+        query: (batch, heads, length, size), rotated but not scaled. key, value: the same, perhaps of fewer heads, each
+            then serving as many heads of queries.
         mask: None for plain causal attention; else True where a key may be seen, or numbers to add to the scores;
             broadcasts to (batch, heads, length, length).
         scale: the scores are query·keyᵀ times this.
@@ -49,7 +49,8 @@ class RecordedAttention:
         """
         dtype = torch.promote_types(self.query.dtype, torch.float32)
         with torch.autocast(self.query.device.type, enabled=False):
-            scores = self.query[rows].to(dtype) @ self.key[rows].to(dtype).transpose(-1, -2) * self.scale
+            key = self.for_every_head(self.key[rows])
+            scores = self.query[rows].to(dtype) @ key.to(dtype).transpose(-1, -2) * self.scale
         length = scores.shape[-1]
         if self.mask is None:
             seen = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
@@ -60,6 +61,10 @@ class RecordedAttention:
         else:
             scores = scores + seen.to(dtype)
         return torch.log_softmax(scores, dim=-1)
+
+    def for_every_head(self, tensor: Tensor) -> Tensor:
+        """Keys or values (batch, heads, length, size) repeated for the heads of queries that they serve."""
+        return tensor.repeat_interleave(self.query.shape[1] // tensor.shape[1], dim=1)
 
 
 @dataclass(frozen=True)
@@ -89,15 +94,9 @@ def recording(layers: Collection[int]) -> Iterator[dict[int, RecordedAttention]]
     def remembering(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         index: Any = getattr(module, "layer_idx", None)
         if index in layers and not any(options.get(name) is not None for name in _UNKNOWN):
-            groups = query.shape[1] // key.shape[1]
             scale = options.get("scaling")
-            records[index] = RecordedAttention(
-                query,
-                key.repeat_interleave(groups, dim=1),
-                value.repeat_interleave(groups, dim=1),
-                mask,
-                query.shape[-1] ** -0.5 if scale is None else scale,
-            )
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            records[index] = RecordedAttention(query, key, value, mask, scale)
         return kernel(module, query, key, value, mask, **options)
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = remembering

@@ -79,5 +79,5 @@ class MiniLM(Method):
 def value_relations(attention: Attention) -> RecordedAttention:
     """An attention whose map is softmax(V Vᵀ / √d_head) over what each query may see."""
     assert isinstance(attention, RecordedAttention)  # asked for when the method was bound
-    value = attention.value
+    value = attention.for_every_head(attention.value)
     return replace(attention, query=value, key=value, scale=value.shape[-1] ** -0.5)
