@@ -11,6 +11,7 @@ from torch import nn
 
 import kronfold as kf
 import pico
+import train_examples
 from kronfold.base.errors import InputError, RecipeError, ShapeError
 from kronfold.base.tensor_train import TensorTrainSpec, balanced_factors
 from kronfold.decompose.tensor_train import tensor_train
@@ -189,6 +190,22 @@ def test_a_fresh_embedding_has_the_spread_of_gpt2s():
     assert weight.std().item() == pytest.approx(0.02, rel=0.1)
     spec = TensorTrainSpec(1, (2, 3, 4), (2, 3))
     assert spec.expand_macs == 2 * 2 * 3 * 3 + 6 * 3 * 4
+
+
+def test_it_heals_alike_in_chunks(monkeypatch):
+    """The path that makes rows anew for gradients trains exactly as the one that keeps them."""
+    teacher = train_examples.gpt2(dropout=0.0)
+    ends = []
+    for chunk in (1 << 22, 7 * 16):
+        monkeypatch.setattr(tensor_train_embedding, "CHUNK_NUMBERS", chunk)
+        student = kf.compress(teacher, recipe(ratio=0.6))
+        result = kf.heal(student, teacher, train_examples.Blocks(), steps=3, bf16=False, learning_rate=1e-2)
+        assert result.tokens > 0
+        ends.append([core.detach() for core in student.transformer.wte.cores])
+    for whole, chunked in zip(*ends, strict=True):
+        torch.testing.assert_close(whole, chunked, rtol=0, atol=1e-5)
+    start = kf.compress(teacher, recipe(ratio=0.6)).transformer.wte.cores
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(start, ends[0], strict=True))
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------
