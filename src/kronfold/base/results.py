@@ -9,7 +9,7 @@ import platform
 from typing import Any
 
 SCHEMA_VERSION = 1
-_PACKAGES = ("kronfold", "torch", "transformers", "accelerate", "safetensors", "scipy", "numpy")
+_PACKAGES = ("kronfold", "torch", "transformers", "accelerate", "safetensors", "scipy", "scikit-learn", "numpy")
 
 
 def versions() -> dict[str, str]:
