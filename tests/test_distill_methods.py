@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import tempfile
 
 import pytest
@@ -39,6 +40,15 @@ METHOD_OPTIONS = {
 NAMES = sorted(METHOD_OPTIONS)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections():
+    """The Trainer collects garbage after every run, for which it walks over all that was imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def pair(width=16, heads=2, student_layers=2):
     """(student, teacher): the teacher is 16 wide, 4 blocks deep, with 2 heads, and has learnt something."""
     return model(0, student_layers, width, heads), copy.deepcopy(taught())
@@ -49,7 +59,7 @@ def taught():
     """A model that has learnt the language of `Blocks` in part."""
     teacher = model(1, 4)
     config = ObjectiveConfig(kl=0, ce=1)
-    heal(teacher, None, Blocks(240), steps=40, batch_size=8, learning_rate=1e-2, bf16=False, objective=config)
+    heal(teacher, None, Blocks(240), steps=30, batch_size=8, learning_rate=1e-2, bf16=False, objective=config)
     return teacher
 
 
@@ -68,7 +78,7 @@ def model(seed, layers, width=16, heads=2, kind=GPT2LMHeadModel, **options):
 
 def objective(name, **options):
     return ObjectiveConfig(
-        kl=1.0, ce=0.5, temperature=2.0, chunk_tokens=13, method=name, options=METHOD_OPTIONS[name] | options
+        kl=1.0, ce=0.5, temperature=2.0, chunk_tokens=50, method=name, options=METHOD_OPTIONS[name] | options
     )
 
 
@@ -97,9 +107,9 @@ class Sentences(Dataset):
 def trainer(place, student, teacher, data, config, **options):
     arguments = {
         "per_device_train_batch_size": 8,
-        "max_steps": 30,
+        "max_steps": 20,
         "learning_rate": 1e-2,
-        "logging_steps": 1,
+        "logging_steps": 4,
         "lr_scheduler_type": "constant",
         "save_strategy": "no",
         **options,
@@ -142,8 +152,8 @@ def test_it_trains_on_text_with_a_narrower_student(tmp_path, name):
     assert divergence(student, teacher) < 0.9 * apart
     for term in loop.objective.method.term_weights:
         column = losses(loop, term)
-        assert len(column) == 30
-        assert sum(column[-5:]) < sum(column[:5])
+        assert len(column) == 5
+        assert column[-1] < column[0]
     torch.testing.assert_close(teacher.state_dict(), before, rtol=0, atol=0)
     assert all(p.grad is None for p in teacher.parameters())
 
@@ -153,7 +163,7 @@ def taught_classifier(labels):
     teacher = model(1, 3, kind=GPT2ForSequenceClassification, num_labels=labels)
     config = ObjectiveConfig(kl=0, ce=1)
     with tempfile.TemporaryDirectory() as place:
-        trainer(place, teacher, None, Sentences(240, labels), config, max_steps=60, logging_steps=60).train()
+        trainer(place, teacher, None, Sentences(240, labels), config, max_steps=40, logging_steps=40).train()
     return teacher
 
 
@@ -161,8 +171,8 @@ def taught_classifier(labels):
 @pytest.mark.parametrize("name", NAMES)
 def test_it_fine_tunes_a_classifier_and_a_regression(tmp_path, name, labels):
     student, teacher = model(0, 2, kind=GPT2ForSequenceClassification, num_labels=labels), taught_classifier(labels)
-    data = Sentences(240, labels)
-    loop = trainer(tmp_path, student, copy.deepcopy(teacher), data, objective(name))
+    data = Sentences(96, labels)
+    loop = trainer(tmp_path, student, copy.deepcopy(teacher), data, objective(name), max_steps=12)
     before = task_loss(student, data)[1]
     loop.train()
     assert all(torch.tensor(losses(loop)).isfinite())
@@ -191,23 +201,24 @@ def test_micro_batches_add_up_to_the_whole_batch(tmp_path, name, task):
     torch.testing.assert_close(moved[1], moved[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# one of each kind: a schedule, projections, draws by step, a generator, a second model. kd: tests/test_train_heal.py
+@pytest.mark.parametrize("name", ["annealing", "intermediate", "rail", "mate", "ctcd"])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one_and_the_student_stays_a_plain_model(tmp_path, name):
     options = {
-        "steps": 4, "batch_size": 3, "accumulate": 2, "bf16": False, "learning_rate": 1e-2,
+        "steps": 3, "batch_size": 3, "accumulate": 2, "bf16": False, "learning_rate": 1e-2,
         "objective": objective(name),
     }  # fmt: skip
     whole, teacher = pair(12)
     true = heal(whole, teacher, Blocks(20), **options)
     student = pair(12)[0]
     with pytest.raises(Stop):
-        heal(student, teacher, Blocks(20), output_dir=tmp_path, save_steps=2, callbacks=[StopAt(3)], **options)
+        heal(student, teacher, Blocks(20), output_dir=tmp_path, save_steps=2, callbacks=[StopAt(2)], **options)
     student = model(7, 2, 12)
     found = heal(student, teacher, Blocks(20), output_dir=tmp_path, resume=True, save_steps=2, **options)
     assert found.resumed_from == 2
     torch.testing.assert_close(student.state_dict(), whole.state_dict(), rtol=0, atol=0)
     assert [entry["loss"] for entry in found.losses[-1:]] == [entry["loss"] for entry in true.losses[-1:]]
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4", output_loading_info=True)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(loaded.state_dict(), student.state_dict(), rtol=0, atol=0)
 
@@ -223,6 +234,16 @@ class StopAt(TrainerCallback):
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == self.step:
             raise Stop
+
+
+@pytest.mark.parametrize("name", ["intermediate", "minilm", "mate", "ctcd"])
+def test_it_runs_in_bfloat16(name):
+    student, teacher = pair(12)
+    result = heal(student, teacher, Blocks(8), steps=2, batch_size=4, bf16=True, log_every=1, objective=objective(name))
+    exact = heal(*pair(12), Blocks(8), steps=2, batch_size=4, bf16=False, log_every=1, objective=objective(name))
+    for found, expected in zip(result.losses, exact.losses, strict=True):
+        for term in found:
+            assert found[term] == pytest.approx(expected[term], rel=0.05, abs=5e-3), term
 
 
 def test_projections_are_trained_clipped_saved_and_missed(tmp_path):

@@ -135,9 +135,9 @@ class MATE(Method):
         inputs = self.rewritten_embeddings(features, gaps, batch.moment, [pair.student, pair.teacher])
         rest = {name: value for name, value in features.items() if name != "input_ids"}
         student, teacher = ({**rest, "inputs_embeds": embedded} for embedded in inputs)
-        found = torch.autograd.grad(
-            pair.divergence(student, teacher, batch, through_teacher=True), own, allow_unused=True
-        )
+        apart = pair.divergence(student, teacher, batch, through_teacher=True)
+        with torch.autocast(apart.device.type, enabled=False):  # autocast is for forward alone
+            found = torch.autograd.grad(apart, own, allow_unused=True)
         slope = sum(-(g.detach() * p).sum() for g, p in zip(found, own, strict=True) if g is not None)
         assert isinstance(slope, Tensor)
         return slope - slope.detach()
