@@ -245,3 +245,8 @@ def test_the_run_summary_shows_what_each_model_writes():
         assert sample["text"].split()[0] in text
     document.pop("samples")
     assert "Text samples" not in " ".join(_text(run_summary(document)))
+
+
+def test_a_join_of_blank_lines_stays_on_its_line():
+    told = numbers.protocol({"name": "paper", "join": "\n\n", "window": 1024})
+    assert told == r"paper (join '\n\n', window 1,024)"

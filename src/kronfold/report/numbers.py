@@ -83,6 +83,8 @@ def _value(value: Any) -> str:
         return pairs(value)
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, str) and not value.isprintable():
+        return repr(value)  # a join of "\n\n" must not break the line it is told on
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
