@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import kronfold as kf
@@ -20,7 +23,8 @@ from kronfold.pipelines import compare as room
 from kronfold.pipelines.compare import CompareOptions, compare
 from kronfold.planner.budget import Budget
 from kronfold.planner.sizing import TOLERANCE
-from kronfold.report.comparison import columns, compared, markdown
+from kronfold.report import numbers
+from kronfold.report.comparison import columns, compared, comparison_table, markdown
 from kronfold.report.comparison_page import render_comparison, write_comparison
 
 TOKENS = 3 * 2048
@@ -158,10 +162,14 @@ def test_a_recipe_that_does_not_fit_is_named_before_any_work(options, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def _pictures(page: str) -> list[str]:
+    return list(json.loads(re.search(r'id="figures">(.*?)</script>', page)[1]))
+
+
 def test_table_and_page(finished):
     place, document = finished
     rows = compared(document)
-    assert [row.who for row in rows[:2]] == ["dense teacher", "dense, fine-tuned alike"]
+    assert [row.who for row in rows[:2]] == ["dense teacher", "dense, fine-tuned"]
     assert [row.after for row in rows[2:]] == sorted(row["perplexity_after"] for row in document["rows"])
     table = (place / "table.md").read_text()
     assert table == markdown(document)
@@ -172,9 +180,24 @@ def test_table_and_page(finished):
     assert page == render_comparison(document)
     assert "low-rank" in page
     assert "http-equiv" in page
-    assert '"size": {"data"' in page.replace('"size":{"data"', '"size": {"data"')
+    assert _pictures(page) == ["healing"]  # equal sizes would lie on top of each other
+    smaller = {**document["rows"][0], "held_parameters": document["rows"][1]["held_parameters"] // 2}
+    assert _pictures(render_comparison({**document, "rows": [smaller, document["rows"][1]]})) == ["healing", "size"]
     hostile = render_comparison({**document, "model": "<script>alert(1)</script>"})
     assert "<script>alert" not in hostile
+
+
+def test_the_terminal_table_is_whole_at_100_columns(finished):
+    _, document = finished
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(comparison_table(document))
+    text = console.export_text()
+    for row in document["rows"]:
+        line = next(line for line in text.splitlines() if line.strip().startswith(row["recipe"]))
+        assert f"{row['held_parameters']:,}" in line
+        assert numbers.perplexity(row["perplexity_after"]) in line
+        assert numbers.signed_percent(row["excess_perplexity"]) in line
+        assert f"{row['lambada']['accuracy']:.1%}" in line
 
 
 def test_generation_speed_is_interleaved_and_bounded():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +44,7 @@ def compared(document: Document) -> list[Compared]:
     after = dense["perplexities"][main]
     controls = [
         Compared("dense teacher", teacher, None, base, None, 1.0),
-        Compared("dense, fine-tuned alike", dense, base, after, after / base - 1, 1.0),
+        Compared("dense, fine-tuned", dense, base, after, after / base - 1, 1.0),
     ]
     rows = [
         Compared(
@@ -86,7 +85,7 @@ def cells(document: Document, row: Compared) -> list[str]:
     speed = "" if row.is_control else f"{row.speed:.2f} x"
     return [
         row.who,
-        numbers.count(entry["held_parameters"]) + ("" if row.size is None or row.size["reached"] else " ¹"),
+        numbers.count(entry["held_parameters"]) + _mark(row),
         numbers.share(entry["held_parameters"], teacher["held_parameters"]),
         numbers.size(entry["bytes_fp16"]),
         numbers.count(entry["macs_per_token"]),
@@ -133,18 +132,38 @@ def markdown(document: Document) -> str:
 
 
 def comparison_table(document: Document) -> RenderableType:
-    """What fits a terminal: sizes, perplexity before and after, LAMBADA, speed; the files hold the rest."""
-    titles, wanted = columns(document), _narrow(columns(document))
-    table = simple_table(f"{escape(str(document['model']))} · {len(document['rows'])} recipes", wanted, 1)
+    """What fits a terminal: size, perplexity before and after, LAMBADA, speed; the files hold the rest."""
+    main, *others = document["teacher"]["perplexities"]
+    protocol = numbers.protocol_short(document["protocol"])
+    table = simple_table(
+        f"{escape(str(document['model']))} · perplexity on {escape(main)}, {escape(protocol)}",
+        ["Model", "Held", "Before", "Healed", "Excess", *map(escape, others), *_lambada_title(document), "Speed"],
+        1,
+    )
     for row in compared(document):
-        line = dict(zip(titles, cells(document, row), strict=True))
-        table.add_row(*(escape(line[title]) for title in wanted), style="dim" if row.is_control else None)
+        texts = [numbers.perplexity(row.entry["perplexities"][text]) for text in others]
+        passages = [f"{row.entry['lambada']['accuracy']:.1%}"] if _lambada_title(document) else []
+        table.add_row(
+            escape(row.who),
+            numbers.count(row.entry["held_parameters"]) + _mark(row),
+            "" if row.is_control else numbers.perplexity(row.before),
+            numbers.perplexity(row.after),
+            "" if row.excess is None else numbers.signed_percent(row.excess),
+            *texts,
+            *passages,
+            "" if row.is_control else f"{row.speed:.2f} x",
+            style="dim" if row.is_control else None,
+        )
     return Group(table, *(Text(note) for note in notes(document)))
 
 
-def _narrow(titles: Sequence[str]) -> list[str]:
-    left_out = ("fp16", "MACs per token", "LAMBADA perplexity", "Decompose", "Heal")
-    return [title for title in titles if title not in left_out]
+def _lambada_title(document: Document) -> list[str]:
+    return ["LAMBADA"] if "lambada" in document["teacher"] else []
+
+
+def _mark(row: Compared) -> str:
+    """Points at the note that says why a size is not the one asked for."""
+    return "" if row.size is None or row.size["reached"] else " ¹"
 
 
 def _duration(seconds: Any) -> str:

@@ -14,6 +14,7 @@ from kronfold.report.figures import DENSE, OURS, PLAIN, TEACHER, axis, label, la
 from kronfold.report.page import render_page
 
 HTML, MARKDOWN = "report.html", "table.md"
+SPREAD = 1.15  # sizes that differ by less lie on top of each other in a picture
 
 
 def write_comparison(results: Document, directory: str | Path) -> None:
@@ -32,17 +33,10 @@ def render_comparison(results: Document) -> str:
     lead = "each brought to its own size and healed on the same tokens."
     if target:
         lead = f"each brought to {numbers.count(target['held_parameters'])} held parameters, healed on the same tokens."
-    picture = (
-        "size",
-        size_figure(results),
-        "Size and quality",
-        "Lower is better, further left is smaller. A thin line joins what a model was before healing (open) and after "
-        "(filled); the dense teacher is the line to reach.",
-    )
     return render_page(
         "comparison.html.j2",
         results,
-        [picture],
+        _pictures(results),
         title=f"{results['model']} · comparison",
         lead=lead,
         columns=columns(results),
@@ -50,6 +44,68 @@ def render_comparison(results: Document) -> str:
         notes=notes(results),
         facts=_facts(results),
     )
+
+
+def _pictures(results: Document) -> list[tuple[str, dict[str, Any], str, str]]:
+    """What healing did to each recipe; and size against quality where sizes differ enough to tell apart."""
+    found = [
+        (
+            "healing",
+            healing_figure(results),
+            "Perplexity before and after healing",
+            "Further left is better. A thin line joins what a model was before healing (open) and after (filled); the "
+            "dense teacher is the line to reach.",
+        )
+    ]
+    sizes = [row["held_parameters"] for row in results["rows"]]
+    if max(sizes) > SPREAD * min(sizes):
+        text = "Lower is better, further left is smaller. Each recipe before healing (open) and after (filled)."
+        found.append(("size", size_figure(results), "Size and quality", text))
+    return found
+
+
+def healing_figure(results: Document) -> dict[str, Any]:
+    """One line per recipe, best on top: perplexity (log) before and after healing, its size beside the name."""
+    rows = compared(results)
+    teacher, dense, recipes = rows[0], rows[1], rows[2:]
+    names = [f"{label(row.who)} · {row.entry['held_parameters'] / 1e6:,.3g}M" for row in recipes]
+    data: list[dict[str, Any]] = [
+        {
+            "type": "scatter", "mode": "lines", "x": [_shown(row.before), _shown(row.after)], "y": [name, name],
+            "line": {"color": TEACHER, "width": 1}, "showlegend": False, "hoverinfo": "skip",
+        }
+        for name, row in zip(names, recipes, strict=True)
+    ]  # fmt: skip
+    for title, key, colour, symbol in (
+        ("before healing", "before", PLAIN, "circle-open"),
+        ("healed", "after", OURS, "circle"),
+    ):
+        data.append(
+            {
+                "type": "scatter", "mode": "markers", "name": title, "y": names,
+                "x": [_shown(getattr(row, key)) for row in recipes],
+                "marker": {"color": colour, "symbol": symbol, "size": 10},
+                "hovertemplate": "%{y}, " + title + "<br>perplexity %{x:,.2f}<extra></extra>",
+            }
+        )  # fmt: skip
+    for one, colour, dash in ((teacher, TEACHER, "dash"), (dense, DENSE, "dashdot")):
+        data.append(
+            {
+                "type": "scatter", "mode": "lines", "name": one.who, "x": [one.after] * 2, "y": [names[0], names[-1]],
+                "line": {"color": colour, "dash": dash, "width": 2}, "hovertemplate": f"{one.who} %{{x:,.2f}}",
+            }
+        )  # fmt: skip
+    values, texts, limits = log_ticks([value for trace in data for value in trace["x"] if value])
+    title = f"perplexity per token on {label(main_text(results))} ({label(results['protocol']['name'])}), log scale"
+    return {
+        "data": data,
+        "layout": layout(
+            150 + 34 * len(recipes),
+            hovermode="closest",
+            xaxis=axis(title, type="log", tickvals=values, ticktext=texts, range=limits),
+            yaxis={"autorange": "reversed", "automargin": True, "type": "category", "ticksuffix": "  "},
+        ),
+    }
 
 
 def size_figure(results: Document) -> dict[str, Any]:
