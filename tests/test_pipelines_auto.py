@@ -12,7 +12,7 @@ import kronfold as kf
 import pico
 from kronfold.base.errors import DataError, InputError, RecipeError
 from kronfold.cli.main import main
-from kronfold.models.cost import held_parameters
+from kronfold.models.cost import cost, held_parameters
 from kronfold.planner.budget import Budget
 from kronfold.planner.plan import Plan
 
@@ -194,6 +194,40 @@ def test_run_heals_a_planned_model(files, capsys):
     assert document["budget"]["predicted_loss"] > 0
     loaded = AutoModelForCausalLM.from_pretrained(place / "out")
     assert held_parameters(loaded) == document["held_parameters"]
+
+
+def test_shrink_heal_shrink(files, capsys):
+    """In two stages: the first goes half of the way, the second plans anew from what was healed."""
+    model, place = files
+    text, recipe = place / "text.txt", place / "staged.yaml"
+    recipe.write_text(
+        "name: staged\nauto: {windows: 8, gradient_windows: 4}\nstages:\n"
+        "  - {name: half, reach: 0.5, heal: {tokens: 512, batch_size: 4}}\n"
+        "  - {name: whole, heal: {tokens: 512, batch_size: 4}}\n"
+    )
+    options = ("--train-text", text, "--eval-text", text, "--target-ratio", 0.6, "--controls", "none")
+    assert run("run", model, "-r", recipe, *options, "-o", place / "out", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    dense = document["teacher"]["held_parameters"]
+    half, whole = document["stages"]
+    assert 0.77 * dense < half["held_parameters"] <= 0.8 * dense
+    assert 0.57 * dense < whole["held_parameters"] <= 0.6 * dense
+    assert [stage["tokens"] for stage in document["stages"]] == [512, 512]
+    planned = json.loads((place / "out" / "plan.json").read_text())["rows"]
+    assert {row["stage"] for row in planned} == {"whole"}
+    assert [row["spec"] for row in whole["rows"]] != [row["spec"] for row in planned]  # another model, another plan
+    loaded = AutoModelForCausalLM.from_pretrained(place / "out")
+    assert held_parameters(loaded) == document["held_parameters"] == whole["held_parameters"]
+
+
+def test_budgets_on_the_way():
+    dense = cost(pico.gpt2())
+    for budget in (Budget("params", ratio=0.5), Budget("params", 0.5 * dense.held_parameters)):
+        assert budget.on_the_way(dense, 0.5).amount == pytest.approx(0.75 * dense.held_parameters)
+        assert budget.on_the_way(dense, 1.0).amount == pytest.approx(0.5 * dense.held_parameters)
+    assert Budget("macs", 0.5 * dense.macs_per_token).on_the_way(dense, 0.2).amount == pytest.approx(
+        0.9 * dense.macs_per_token
+    )
 
 
 @pytest.mark.parametrize(

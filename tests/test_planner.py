@@ -228,8 +228,10 @@ def test_the_auto_recipe_survives_yaml():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stages": [{"name": "a"}, {"name": "b"}]}, "one stage"),
-        ({"stages": [{"name": "a", "layers": "alt"}]}, "one stage, without compress entries or layers"),
+        ({"stages": [{"name": "a"}, {"name": "b"}]}, "reach further"),
+        ({"stages": [{"name": "a", "reach": 0.9}, {"name": "b", "reach": 0.5}]}, "reach further"),
+        ({"stages": [{"name": "a", "reach": 0.5}]}, "the last 1"),
+        ({"stages": [{"name": "a", "layers": "alt"}]}, "no compress entries, no layers"),
         ({"auto": None}, "needs compress entries"),
         ({"auto": {"target_ratio": 1.5}}, "less than 1"),
         ({"auto": {"sequental": True}}, "unknown key.*sequential"),

@@ -73,7 +73,7 @@ def plan_auto(
 ) -> Plan:
     """The plan of least predicted loss for `budget` (default: the recipe's `target_ratio`).
 
-    `recipe`: one with an `auto` entry; its one stage takes the rows.
+    `recipe`: one with an `auto` entry; its last stage takes the rows.
 
     Raises RecipeError for a model that is already structured, and as `plan_for_budget`.
     """

@@ -225,8 +225,7 @@ def _stage(
     `read`: tokens the stages before it were healed on.
     """
     started = time.monotonic()
-    student = keep_layers(load_model(source, device=state.options.device), stage.layers)
-    rows = state.fit(student, stage.rows)
+    student, rows = state.compressed(source, stage)
     gathers = {"gathers": absorb_gathers(student)} if last else {}
     decomposed = time.monotonic() - started
     before = _stage_perplexity(state, student, f"{stage.name}, before healing")

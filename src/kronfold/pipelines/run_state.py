@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +14,15 @@ from kronfold.data.packing import TokenBlocks
 from kronfold.evaluate.perplexity import perplexity
 from kronfold.evaluate.samples import sample
 from kronfold.evaluate.texts import open_text
-from kronfold.pipelines.auto import fit_rows
+from kronfold.export.dense import to_dense
+from kronfold.models.cost import cost
+from kronfold.models.load import load_model
+from kronfold.pipelines.auto import calibrate_on, fit_rows, plan_auto
 from kronfold.pipelines.calibration import Calibration
+from kronfold.pipelines.stage import keep_layers
 from kronfold.pipelines.steps import StepBook
 from kronfold.planner.budget import Budget
-from kronfold.planner.plan import Plan, PlanRow
+from kronfold.planner.plan import Plan, PlanRow, PlanStage
 from kronfold.planner.recipe import Recipe
 
 Control = Literal["dense", "plain"]
@@ -96,6 +100,23 @@ class Run:
             seed=self.options.seed,
             progress=progress,
         )
+
+    def compressed(self, source: str | Path, stage: PlanStage) -> tuple[PreTrainedModel, list[PlanRow]]:
+        """The model of a stage, made from the one in `source`, and its rows with their errors."""
+        student = keep_layers(load_model(source, device=self.options.device), stage.layers)
+        if stage.reach is None:
+            return student, self.fit(student, stage.rows)
+        auto, options = self.recipe.auto, self.options
+        assert auto is not None  # only recipes that plan say how far a stage reaches
+        student = to_dense(student)
+        found = calibrate_on(
+            student, self.tokenizer, options.calibration or [options.train_text], auto,
+            seed=options.seed, cache=options.cache, progress=self.report,
+        )  # fmt: skip
+        target = options.budget or Budget("params", ratio=auto.target_ratio)
+        budget = target.on_the_way(cost(self.teacher), stage.reach)
+        plan = plan_auto(student, found, self.recipe, budget, progress=self.report)
+        return student, replace(self, calibration=found).fit(student, plan.rows)
 
     def perplexity(self, model: PreTrainedModel, what: str) -> dict[str, Any]:
         def progress(done: int, total: int) -> None:

@@ -61,6 +61,11 @@ class Budget:
         unit, text = next(iter(named.items()))
         return cls(unit, _number(text, f"--target-{unit}"))  # type: ignore[arg-type]
 
+    def on_the_way(self, dense: Cost, reach: float) -> Budget:
+        """The budget of a stage that goes the share `reach` of the way from the dense model to this budget."""
+        whole = getattr(dense, _COUNTED[self.unit])
+        return Budget(self.unit, whole - reach * (whole - self.amount_for(dense)))
+
     def amount_for(self, dense: Cost) -> float:
         """The budget in its unit. Raises InputError when it is not below the dense model's own cost."""
         whole = getattr(dense, _COUNTED[self.unit])
@@ -92,7 +97,8 @@ def plan_for_budget(
 
     Args:
         curves: from `sensitivity`, of this model.
-        recipe: gives the plan its name, and its one stage its name and healing; None is a plan that does not heal.
+        recipe: gives the plan its name, and its stages their names and healing; None is a plan that does not heal. Of
+            several stages all but the last are planned on their turn and have no rows here.
 
     Raises:
         InputError: the budget is above the dense model, or below the floor (which is named).
@@ -113,7 +119,7 @@ def plan_for_budget(
     return Plan(
         recipe=recipe.name if recipe else "auto",
         description=f"Planned for {amount:,.0f} {budget.unit}: least predicted loss, site by site.",
-        stages=[PlanStage(recipe.stages[0].name, rows, recipe.stages[0].heal) if recipe else PlanStage("auto", rows)],
+        stages=_stages(recipe, rows),
         teacher=dense,
         cost=after,
         budget={
@@ -127,6 +133,14 @@ def plan_for_budget(
         },
         gathers=gathers,
     )
+
+
+def _stages(recipe: Recipe | None, rows: list[PlanRow]) -> list[PlanStage]:
+    if recipe is None:
+        return [PlanStage("auto", rows)]
+    *earlier, last = recipe.stages
+    done = [PlanStage(stage.name, [], stage.heal, reach=stage.reach) for stage in earlier]
+    return [*done, PlanStage(last.name, rows, last.heal, reach=1.0 if earlier else None)]
 
 
 def _choose(

@@ -66,12 +66,15 @@ class PlanStage:
     """The rows of one stage and how it heals.
 
     `layers`: the blocks that the first stage keeps, None for all. Names of rows count blocks in what is left.
+    `reach`: of a recipe that plans in several stages: this one is planned on its turn, so far on the way to the budget.
+    The rows of the last are then what a plan in one step would be. Not kept in files.
     """
 
     name: str
     rows: list[PlanRow]
     heal: HealRecipe | None = None
     layers: KeptLayers | None = None
+    reach: float | None = None
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -154,6 +155,8 @@ class StageRecipe(_Strict):
         layers: the blocks to keep, before anything is compressed: a strategy (`models.truncate.STRATEGIES`) or a list
             of 0-based indices; the first stage only. From there on, blocks are counted in the truncated model.
         layer_count: how many blocks a named strategy keeps; None: half of them, of 3l a quarter.
+        reach: with auto in several stages: how far this one goes on the way from the dense model (0) to the budget (1).
+            Each folds what the one before it healed into plain weights and plans anew; the last goes all the way.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
@@ -161,6 +164,7 @@ class StageRecipe(_Strict):
     layer_count: int | None = Field(None, ge=1)
     compress: list[CompressRecipe] = []
     heal: HealRecipe | None = None
+    reach: float | None = Field(None, gt=0, le=1)
 
     @model_validator(mode="after")
     def _count_of_a_strategy(self) -> StageRecipe:
@@ -170,7 +174,7 @@ class StageRecipe(_Strict):
 
 
 class Recipe(_Strict):
-    """A named list of stages. With `auto` there is one stage, and the planner says what is compressed in it."""
+    """A named list of stages. With `auto` the planner says what is compressed in them."""
 
     name: str
     description: str = ""
@@ -182,14 +186,28 @@ class Recipe(_Strict):
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stage names must differ, found {names}")
-        first, *later = self.stages
-        if self.auto and (later or first.compress or first.layers is not None):
-            raise ValueError("with auto there must be one stage, without compress entries or layers")
+        later = self.stages[1:]
+        if self.auto and any(stage.compress or stage.layers is not None for stage in self.stages):
+            raise ValueError("with auto the planner says what becomes of the matrices: no compress entries, no layers")
+        self._check_reach()
         if any(stage.layers is not None for stage in later):
             raise ValueError("layers belong to the first stage; a later one works on the blocks that are left")
         if not self.auto and not all(stage.compress or stage.layers is not None for stage in self.stages):
             raise ValueError("every stage needs compress entries (the first: or layers), or the recipe an auto entry")
         return self
+
+    def _check_reach(self) -> None:
+        *earlier, last = [stage.reach for stage in self.stages]
+        if not self.auto:
+            if any(reach is not None for reach in (*earlier, last)):
+                raise ValueError("reach belongs to recipes with auto; other stages say what they compress")
+            return
+        steps = [*earlier, 1.0 if last is None else last]
+        rising = all(a is not None and b is not None and a < b for a, b in itertools.pairwise(steps))
+        if not rising or steps[-1] != 1:
+            raise ValueError(
+                f"with auto in several stages each must reach further than the one before, the last 1; found {steps}"
+            )
 
     def with_heal_tokens(self, total: int | None) -> Recipe:
         """The same recipe with the healing budgets of its stages rescaled to `total` tokens in all."""
