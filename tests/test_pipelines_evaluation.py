@@ -84,6 +84,7 @@ BAD = {
     "suite without LAMBADA": (["--suite", "lm", "--text", "a={one}"], "Give LAMBADA's passages .--lambada"),
     "suite without anything": (["--suite", "lm"], "one or more texts .* and LAMBADA's passages"),
     "no such passages": (["--suite", "lm", "--text", "a={one}", "--lambada", "{none}.jsonl"], "does not exist"),
+    "passages in one text": (["--suite", "lm", "--text", "a={one}", "--lambada", "{two}"], "is one text"),
     "no such protocol": (
         ["--suite", "lm", "--text", "a={one}", "--lambada", "{lambada}", "--protocol", "papr"],
         "Did you mean 'paper'",

@@ -85,7 +85,7 @@ def lambada(
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; give at least 1, or leave it out.")
     context = _context(model, tokenizer)
-    asked = [_question(text, number, tokenizer, context) for number, text in enumerate(_passages(source), 1)]
+    asked = [_question(text, number, tokenizer, context) for number, text in enumerate(passages(source), 1)]
     if not asked:
         raise DataError('There are no LAMBADA passages. Give a .jsonl file with one {"text": ...} a line.')
     hits = tokens = 0
@@ -111,7 +111,8 @@ def lambada(
     )
 
 
-def _passages(source: str | Path | Iterable[str]) -> Iterable[str]:
+def passages(source: str | Path | Iterable[str]) -> Iterable[str]:
+    """The passages of a source, one string each. Raises DataError, at the call, for a path that cannot be one."""
     if not isinstance(source, str | Path):
         return source
     if str(source).removesuffix(".gz").endswith(".txt"):

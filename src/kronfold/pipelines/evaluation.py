@@ -9,7 +9,7 @@ from typing import Any
 from kronfold.base import results
 from kronfold.base.errors import DataError, InputError, suggest
 from kronfold.evaluate.harness import harness
-from kronfold.evaluate.lambada import lambada
+from kronfold.evaluate.lambada import lambada, passages
 from kronfold.evaluate.perplexity import PROTOCOLS, perplexity
 from kronfold.evaluate.texts import open_text
 from kronfold.models.cost import held_parameters
@@ -95,7 +95,7 @@ def evaluate_suite(
     if lacking:
         raise DataError(f"Suite lm measures perplexity on texts, and LAMBADA. Give {' and '.join(lacking)} too.")
     opened = {text: open_text(source) for text, source in texts.items()}
-    open_text(str(lambada_source))
+    passages(str(lambada_source))  # says now what is wrong with the place
     subject, reader = _open(model, tokenizer, device, dtype)
 
     def shown(what: str) -> Callable[[int, int], None]:
