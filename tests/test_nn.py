@@ -98,10 +98,11 @@ def _twin(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_layer_is_its_dense_twin(name):
+@pytest.mark.parametrize("lead", [(1,), (3, 5), (900,)])  # layers compute in another way when many tokens share a call
+def test_layer_is_its_dense_twin(name, lead):
     layer = LAYERS[name]()
     weight, bias = _twin(layer)
-    x = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(*lead, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, bias), rtol=0, atol=1e-12)
     if isinstance(layer, StructuredLinear):
         torch.testing.assert_close(layer.dense_weight(), weight, rtol=0, atol=1e-12)
@@ -115,6 +116,16 @@ def test_layer_gradients(name):
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *parameters))
     layer(x).square().sum().backward()
     assert all(p.numel() == 0 or p.grad.abs().sum() > 0 for p in parameters)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_of_many_tokens_are_sums_of_those_of_few(name):
+    layer = LAYERS[name]()
+    x = torch.randn(900, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    many = torch.autograd.grad(layer(x).square().sum(), tuple(layer.parameters()))
+    few = torch.autograd.grad(sum(layer(part).square().sum() for part in x.split(1)), tuple(layer.parameters()))
+    for one, other in zip(many, few, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -318,8 +329,9 @@ def test_grouped_embedding_is_its_dense_twin(name):
     tokens = torch.tensor([[0, 3, 10], [10, 3, 5]])
     torch.testing.assert_close(embedding(tokens), wide[tokens], rtol=0, atol=1e-12)
     torch.testing.assert_close(embedding.dense_weight(), wide, rtol=0, atol=1e-12)
-    hidden = torch.randn(2, 5, 6, dtype=torch.float64)
-    torch.testing.assert_close(TiedHead(embedding)(hidden), hidden @ wide.T, rtol=0, atol=1e-12)
+    for lead in ((1,), (2, 5), (900,)):
+        hidden = torch.randn(*lead, 6, dtype=torch.float64)
+        torch.testing.assert_close(TiedHead(embedding)(hidden), hidden @ wide.T, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", GROUPS)

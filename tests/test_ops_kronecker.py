@@ -67,6 +67,19 @@ def test_macs_by_hand():
         assert kronecker.cheapest_order((768, 384), (1, 2), 1, tokens) == "b_first"
 
 
+def test_the_fastest_order_counts_what_is_moved():
+    ffn = ((768, 384), (4, 2), 4)
+    assert kronecker.fastest_order(*ffn, 1, True, True) == "a_first"
+    assert kronecker.fastest_order(*ffn, 4096, True, True) == "dense"  # gathers are in the weight, once per call
+    half = ((768, 384), (1, 2), 1)
+    assert kronecker.fastest_order(*half, 1, True, False) == "b_first"
+    assert kronecker.fastest_order(*half, 4096, False, False) == "b_first"  # half the products
+    # a square 64 x 64 product of 8 x 8 factors: products 8x fewer, gathers of both sides outweigh them
+    assert kronecker.fastest_order((8, 8), (8, 8), 1, 4096, False, False) == "dense"
+    big = ((2048, 1024), (1, 2), 1)
+    assert kronecker.fastest_order(*big, 4096, True, False) == "b_first"  # gathers grow with n, products with n²
+
+
 def test_identity_permutations_are_dropped():
     assert drop_identity(torch.arange(5)) is None
     assert drop_identity(None) is None

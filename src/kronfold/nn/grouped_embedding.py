@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kronfold.base.specs import GroupedEmbeddingSpec
+from kronfold.ops.cost import GATHER
 
 
 class EmbeddingGroup(nn.Module):
@@ -116,13 +117,22 @@ class GroupedEmbedding(nn.Module):
         return out
 
     def project(self, hidden: Tensor) -> Tensor:
-        """`hidden · Eᵀ` without forming E: (..., embedding_dim) -> (..., V)."""
+        """`hidden · Eᵀ`: (..., embedding_dim) -> (..., V).
+
+        Group by group and then gathered into the order of the tokens; where many tokens share the call and the ranks
+        are high, E is built once instead, because the gather would cost more than the numbers it spares.
+        """
+        whole = self.num_embeddings * self.embedding_dim
+        tokens = hidden.shape[:-1].numel()
+        grouped = tokens * (self.head_macs() + GATHER * self.num_embeddings)
+        if whole * (tokens + GATHER) < grouped:
+            return F.linear(hidden, self.dense_weight())
         stored = torch.cat([group.logits(hidden) for group in self.groups], dim=-1)
         return torch.index_select(stored, -1, self.position)
 
     def dense_weight(self) -> Tensor:
         """E, (V, embedding_dim)."""
-        return torch.cat([group.expand(group.rows) for group in self.groups])[self.position.long()]
+        return torch.index_select(torch.cat([group.expand(group.rows) for group in self.groups]), 0, self.position)
 
     def permute_outputs(self, perm: Tensor) -> None:
         """Reorder the columns of E in place; a head tied to it reorders its inputs alike. perm: (embedding_dim,)."""

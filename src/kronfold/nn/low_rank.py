@@ -61,6 +61,10 @@ class LowRankLinear(StructuredLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features); returns (..., out_features)."""
         z = F.linear(x, self.pivots)
+        if self.gather_out is not None and x.shape[:-1].numel() >= self.spec.rank:
+            # With many tokens it is far cheaper to gather the rows of a factor than the outputs of every token.
+            own = torch.eye(self.spec.rank, device=z.device, dtype=self.mix.dtype)
+            return F.linear(z, torch.index_select(torch.cat([own, self.mix]), 0, self.gather_out), self.bias)
         y = torch.cat([z, F.linear(z, self.mix)], dim=-1)
         if self.gather_out is not None:
             y = torch.index_select(y, -1, self.gather_out)

@@ -21,6 +21,7 @@ from transformers.trainer_utils import SaveStrategy
 from kronfold.base.errors import DataError, InputError
 from kronfold.distill import Objective
 from kronfold.train import checkpoints
+from kronfold.train.activations import fused_gelu
 from kronfold.train.config import HealConfig
 from kronfold.train.order import ShuffledStream
 from kronfold.train.precision import bf16_is_fast
@@ -137,6 +138,7 @@ def _train(
     """(state at the end, seconds of the loop). The models are as before, but for the student's weights."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(left_as_found(student, teacher))
+        stack.enter_context(fused_gelu(student, teacher))
         if not config.dropout:
             stack.enter_context(without_dropout(student))
         student.float()
