@@ -62,6 +62,7 @@ def test_layer_maps():
     assert layer_map("uniform", Shape(5, 8, 2), TWELVE) == (2, 4, 7, 9, 11)
     kept = Shape(6, 768, 12, kept=(0, 2, 4, 7, 9, 11))
     assert layer_map("kept", kept, TWELVE) == layer_map("auto", kept, TWELVE) == kept.kept
+    assert layer_map("auto", kept, SIX) == tuple(range(6))  # a teacher that is truncated too
     assert layer_map("auto", SIX, TWELVE) == layer_map("uniform", SIX, TWELVE)
     assert layer_map([0, 0, 1, 1, 2, 2], SIX, TWELVE) == (0, 0, 1, 1, 2, 2)
 

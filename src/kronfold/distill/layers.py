@@ -44,14 +44,17 @@ def layer_map(wanted: str | Sequence[int], student: Shape, teacher: Shape) -> tu
     Args:
         wanted: "kept": the blocks a truncated student kept (`kept_layers` in its config); "uniform": evenly spaced, the
             last on the last (block m on ceil(L_teacher (m+1) / L_student) - 1, the identity for equal depths); "auto":
-            kept where the config says so, else uniform; or the list itself.
+            kept where the config says so and this teacher has these blocks and more, else uniform; or the list itself.
 
     Raises:
         InputError: an unknown word, a list of another length than the student's depth, an index outside the teacher,
             "kept" for a student whose config says nothing.
     """
     if wanted == "auto":
-        wanted = "uniform" if student.kept is None or len(student.kept) != student.layers else student.kept
+        kept = student.kept or ()
+        # equal depths: the teacher is truncated itself, or the student is not
+        fits = len(kept) == student.layers < teacher.layers and max(kept) < teacher.layers
+        wanted = kept if fits else "uniform"
     if wanted == "uniform":
         chosen = tuple(-(-teacher.layers * (m + 1) // student.layers) - 1 for m in range(student.layers))
     elif wanted == "kept":

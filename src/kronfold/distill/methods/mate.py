@@ -174,7 +174,7 @@ class MATE(Method):
 
     def _rows(self, ids: Tensor, gaps: Tensor, moment: Moment) -> Any:
         """For each sequence (positions of its gaps, Gumbel noise (gaps, vocabulary))."""
-        vocabulary = embedding_table(self.generator.base).shape[0]
+        vocabulary = self.generator.base.config.vocab_size
         for gap, (_, generator) in zip(gaps, self._draws(ids, moment, "words"), strict=True):
             chosen = gap.nonzero().squeeze(-1)
             uniform = torch.rand(len(chosen), vocabulary, generator=generator, device=ids.device).clamp(1e-20, 1 - 1e-7)
@@ -191,6 +191,8 @@ class MATE(Method):
 def embedding_table(model: PreTrainedModel) -> Tensor:
     """(vocabulary, width): the embedding of every word, also of a structured embedding."""
     embedding = model.get_input_embeddings()
+    if type(embedding) is nn.Embedding:
+        return embedding.weight[: model.config.vocab_size]
     device = next(embedding.parameters()).device
     return embedding(torch.arange(model.config.vocab_size, device=device))
 
