@@ -145,24 +145,45 @@ def compress(
         bool | None,
         typer.Option("--adapt", help="In sequence, also refit the layers that stay dense.", show_default=False),
     ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Work block by block from the files of a local checkpoint into new ones, for models that do not fit "
+            "into memory; recipes of fixed shapes, no calibration text.",
+        ),
+    ] = False,
     cache: t.Cache = True,
     seed: t.Seed = 0,
     dtype: t.Dtype = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="With --stream: continue after the last block done.")
+    ] = False,
     overwrite: t.Overwrite = False,
     json: t.Json = False,
 ) -> None:
     """Make a model smaller and save it, without healing: planned for a budget and fitted to text, unless told other."""
     from kronfold.pipelines.calibration import cache_directory
     from kronfold.pipelines.checkpoint import compress_to
+    from kronfold.pipelines.streaming import check_options, compress_streaming
 
     t.prepare(seed=seed)
+    budget = t.budget(target_params, target_ratio, target_macs, target_bytes)
+    changes = t.planner_changes(calibration_windows, structures, sequential, adapt)
+    check_options(stream, resume, changes)
+    if stream:
+        with t.progress_bar() as report:
+            document = compress_streaming(
+                t.resolve_model(model), output, recipe, plan, calibration or [], budget, seed=seed, dtype=dtype,
+                resume=resume, overwrite=overwrite, progress=_decomposing(report),
+            )  # fmt: skip
+        t.emit(document, json, _saved(document, output))
+        return
     needs_text = recipe == "auto" and plan is None
     texts = t.calibration_or_own(calibration) if needs_text else calibration or []
     with t.progress_bar() as report:
         document = compress_to(
-            t.resolve_model(model), output, recipe, plan, texts,
-            t.budget(target_params, target_ratio, target_macs, target_bytes),
-            changes=t.planner_changes(calibration_windows, structures, sequential, adapt),
+            t.resolve_model(model), output, recipe, plan, texts, budget, changes=changes,
             cache=cache_directory() if cache else None, seed=seed, dtype=dtype, overwrite=overwrite,
             progress=_decomposing(report),
         )  # fmt: skip

@@ -11,7 +11,7 @@ factors then meet the same numbers in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -163,7 +163,7 @@ def permute_residual(model: PreTrainedModel, perm: Tensor) -> None:
     _carry_out(_alike(ports, perm))
 
 
-def absorb(model: PreTrainedModel, residual: bool = True) -> AbsorbReport:
+def absorb(model: PreTrainedModel, residual: bool = True, blocks: Iterable[int] | None = None) -> AbsorbReport:
     """Remove, in place, the gathers that a reordering of hidden units, value channels or the residual stream saves.
 
     Each reordering is chosen among those that free one layer of its gather, and made only if the gathers it leaves
@@ -173,12 +173,14 @@ def absorb(model: PreTrainedModel, residual: bool = True) -> AbsorbReport:
     Args:
         residual: also reorder the residual stream. Hidden states then no longer agree, channel by channel, with those
             of the original model; say False when they are still to be compared (distillation of features).
+        blocks: only the hidden units and value channels of these, None for all. What one block gives does not depend
+            on the others, which may be on the meta device.
 
     Raises InputError for a model without a family record.
     """
     family = _known(model)
     before = remaining_gathers(model)
-    for block in range(_depth(model, family)):
+    for block in range(_depth(model, family)) if blocks is None else blocks:
         hidden = _hidden_ports(model, family, block)
         _reorder_best(_undoing(hidden), partial(_alike, hidden))
         _reorder_best(_value_candidates(model, family, block), partial(_value_moves, model, family, block))

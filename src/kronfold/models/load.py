@@ -19,6 +19,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from kronfold.base.errors import CheckpointError, InputError
@@ -26,6 +27,7 @@ from kronfold.models.presets import PRESETS, preset_config
 from kronfold.models.safetensors_header import read_headers
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_NO_WEIGHTS = "{} names a size, not weights; it can be planned, not run. Give a model directory or hub id."
 _NEW_HEAD = "score."  # what transformers calls the head of a decoder that classifies
 
 
@@ -112,12 +114,36 @@ def load_classifier(
     return model.to(device)
 
 
+def local_checkpoint(source: str | Path) -> Path:
+    """The directory of MODEL on this machine, its config and safetensors files checked; no weight is read.
+
+    Raises:
+        CheckpointError: as `load_model`.
+        InputError: a config:NAME, a .gguf file, or a hub id that was not downloaded.
+    """
+    text = str(source)
+    if text.startswith("config:"):
+        raise InputError(_NO_WEIGHTS.format(text))
+    if text.endswith(".gguf"):
+        raise InputError(f"{text}: a .gguf file cannot be read block by block; save the model as a directory first.")
+    place = _local(text)
+    if place is None:
+        try:
+            found = cached_file(text, "config.json", local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{text!r} is not on this machine. Download it first (hf download {text}), or give a model directory."
+            ) from error
+        place = Path(found).parent
+    _check_config(place)
+    _check_weights(place)
+    return place
+
+
 def _load(factory: Any, text: str, dtype: torch.dtype | str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
     """The model, and every way in which its weights do not match its config."""
     if text.startswith("config:"):
-        raise InputError(
-            f"{text} names a size, not weights; it can be planned, not run. Give a model directory or hub id."
-        )
+        raise InputError(_NO_WEIGHTS.format(text))
     local = _local(text)
     if local is not None:
         _check_config(local)

@@ -1,0 +1,201 @@
+"""Time and memory of compressing block by block from files (`kronfold compress --stream`), by model size.
+
+    python benchmarks/large_models.py --sizes gpt2,gpt2-medium -o results.json
+
+For every size a checkpoint of random numbers is written to disk (fp16, GPT-2's shapes; random matrices are no easier to
+fit than real ones). Planning and compressing, with and without the search for permutations, each run in a process of
+their own, so that peak resident memory is theirs alone; it is compared with a process that only imports the library.
+Seconds are given as wall time and as processor time: on a machine that does other work only the second means much.
+`--blocks N` keeps the first N blocks of the checkpoint (the memory does not depend on their number); the processor time
+of the whole is then extrapolated: what is outside the blocks once, and every odd and even block as those measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+
+from kronfold.base.errors import KronfoldError
+from kronfold.base.files import check_output, write_json
+from kronfold.base.results import document
+from kronfold.models.parts import Parts
+from kronfold.models.presets import preset_config
+from kronfold.planner.planning import skeleton_of
+
+JOBS = ("import", "plan", "compress", "compress-plain")
+
+
+def write_random(name: str, place: Path, blocks: int | None, seed: int) -> int:
+    """A checkpoint of a published size with normal weights (std 0.02, norms near 1) in fp16, one shard per block.
+
+    Returns its bytes.
+    """
+    config = preset_config(name)
+    config.n_layer = min(blocks or config.n_layer, config.n_layer)
+    config.dtype, config.architectures = "float16", ["GPT2LMHeadModel"]
+    skeleton = skeleton_of(config)
+    parts = Parts.of(skeleton)
+    generator = torch.Generator().manual_seed(seed)
+    weight_map, total = {}, 0
+    place.mkdir(parents=True)
+    for index, part in enumerate(parts.names):
+        shard = {}
+        for key, tensor in parts.tensors(skeleton, part).items():
+            values = torch.randn(tensor.shape, generator=generator).mul_(0.02)
+            shard[key] = (values + 1 if ".ln_" in key and key.endswith("weight") else values).half()
+            total += shard[key].numel() * 2
+        file = f"model-{index + 1:05d}-of-{len(parts.names):05d}.safetensors"
+        save_file(shard, place / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    config.save_pretrained(place)
+    write_json(place / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _tokenizer().save_pretrained(place)
+    return total
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<|endoftext|>": 0}, unk_token="<|endoftext|>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<|endoftext|>")
+
+
+def work(job: str, source: Path, output: Path, threads: int, seed: int) -> dict[str, Any]:
+    """One job, in this process: seconds and peak resident memory; for compressing also of every part."""
+    torch.set_num_threads(threads)
+    from kronfold.pipelines.compress import plan
+    from kronfold.pipelines.streaming import compress_streaming
+    from kronfold.planner.recipe import load_recipe
+
+    recipe = load_recipe("tqcompressor")
+    wall, processor, steps, found = time.perf_counter(), time.process_time(), [], {}
+    if job == "plan":
+        from kronfold.models.load import load_config
+
+        made = plan(load_config(source), recipe)
+        found = {"held_parameters": made.held_parameters, "teacher_parameters": made.teacher.held_parameters}
+    elif job != "import":
+        marks: dict[int, float] = {}
+        result = compress_streaming(
+            str(source), output, recipe if job == "compress" else recipe.without_permutations(), seed=seed,
+            progress=lambda _name, part, _parts: marks.setdefault(part, time.process_time()),
+        )  # fmt: skip
+        ends = [*marks.values(), time.process_time()][1:]
+        steps = [round(end - start, 2) for start, end in zip(marks.values(), ends, strict=True)]
+        found = {"held_parameters": result["held_parameters"], **result["streamed"]}
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
+    return {
+        "job": job,
+        "wall_seconds": round(time.perf_counter() - wall, 2),
+        "processor_seconds": round(time.process_time() - processor, 2),
+        "peak_resident_bytes": kib * 1024,
+        **({"part_processor_seconds": steps} if steps else {}),
+        **found,
+    }
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All jobs of one size, each in a process of its own; the checkpoint is deleted afterwards."""
+    with tempfile.TemporaryDirectory(prefix="kronfold-large-", dir=options.scratch) as scratch:
+        source, jobs = Path(scratch) / "source", {}
+        size = write_random(name, source, options.blocks, options.seed)
+        for job in options.jobs:
+            output = Path(scratch) / job
+            command = [sys.executable, __file__, "--job", job, str(source), str(output)]
+            command += ["--threads", str(options.threads), "--seed", str(options.seed)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            jobs[job] = json.loads(done.stdout)
+            shutil.rmtree(output, ignore_errors=True)
+            print(name, json.dumps(jobs[job]), file=sys.stderr, flush=True)
+    whole = preset_config(name).n_layer
+    blocks = min(options.blocks or whole, whole)
+    for found in jobs.values():
+        if "part_processor_seconds" in found:
+            found["whole_processor_seconds"] = extrapolate(found["part_processor_seconds"], whole)
+    dense = jobs.get("plan", {}).get("teacher_parameters")
+    return {"size": name, "blocks": blocks, "of_blocks": whole, "parameters": dense, "source_bytes": size, "jobs": jobs}
+
+
+def extrapolate(seconds: list[float], blocks: int) -> float:
+    """Processor seconds of `blocks` blocks from those of [what is outside the blocks, block 0, block 1, ...].
+
+    The recipe treats odd blocks alike and even blocks alike; nothing is extrapolated where all were measured.
+    """
+    outside, measured = seconds[0], seconds[1:]
+    if len(measured) == blocks:
+        return round(sum(seconds), 1)
+    kinds = [statistics.mean(measured[kind::2]) for kind in (0, 1)]
+    return round(outside + sum(kinds[block % 2] for block in range(blocks)), 1)
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    shown = Table(title="Compressing block by block, recipe tqcompressor")
+    for name in ("size", "blocks", "job", "processor s", "whole model s", "peak resident GB", "over the import GB"):
+        shown.add_column(name, justify="left" if name in ("size", "job") else "right")
+    for row in rows:
+        floor = row["jobs"].get("import", {}).get("peak_resident_bytes", 0)
+        for job, found in row["jobs"].items():
+            shown.add_row(
+                row["size"],
+                f"{row['blocks']} of {row['of_blocks']}",
+                job,
+                f"{found['processor_seconds']:.1f}",
+                f"{found['whole_processor_seconds']:.0f}" if "whole_processor_seconds" in found else "",
+                f"{found['peak_resident_bytes'] / 1e9:.2f}",
+                f"{(found['peak_resident_bytes'] - floor) / 1e9:.2f}",
+            )
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--sizes", default="gpt2,gpt2-medium,gpt2-large,gpt2-xl", help="comma-separated")
+    parser.add_argument("--jobs", default=",".join(JOBS), help=f"of {', '.join(JOBS)}")
+    parser.add_argument("--blocks", type=int, help="only the first N blocks (at least 2), the rest extrapolated")
+    parser.add_argument("--scratch", help="where the random checkpoints are written; default: the temporary directory")
+    parser.add_argument("-o", "--output", type=Path, help="write every figure as JSON; rows of other sizes there stay")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--job", nargs=3, metavar=("JOB", "SOURCE", "OUTPUT"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job:
+        job, source, output = options.job
+        print(json.dumps(work(job, Path(source), Path(output), options.threads, options.seed)))
+        return
+    options.jobs = [job for job in JOBS if job in options.jobs.split(",")]
+    if options.blocks is not None and options.blocks < 2:
+        parser.error("--blocks must be at least 2: odd and even blocks are treated differently")
+    try:
+        rows = {}
+        if options.output:
+            check_output(options.output, allow_existing=True)
+            if options.output.is_file():
+                rows = {row["size"]: row for row in json.loads(options.output.read_text())["rows"]}
+        for name in options.sizes.split(","):
+            rows[name] = {**measure(name, options), "threads": options.threads}
+            if options.output:
+                write_json(options.output, document("large_models", options.seed, rows=list(rows.values())))
+        Console().print(table(list(rows.values())))
+    except KronfoldError as error:
+        parser.exit(error.exit_code, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()
