@@ -9,8 +9,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import pico
 from kronfold import __version__
@@ -55,7 +56,9 @@ def test_help_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    commands = "demo plan compress heal run eval inspect validate pretrain data import-tq compare report finetune"
+    commands = (
+        "demo plan compress heal run eval inspect validate pretrain data import-tq compare report finetune export"
+    )
     for command in commands.split():
         assert command in done.stdout
 
@@ -142,6 +145,21 @@ def test_compare_and_report(call, model, text, tmp_path):
     code, _, err = call("compare", model, "--objective", "sme", "--text", text, "--eval", text, "-o", tmp_path / "x")
     assert code == 2
     assert "same" in err
+
+
+def test_export_folds_back(call, model, tmp_path):
+    code, _, err = call("compress", model, "-r", "tqcompressor", "-o", tmp_path / "small")
+    assert code == 0, err
+    code, out, err = call("export", tmp_path / "small", "-o", tmp_path / "plain", "--json")
+    assert code == 0, err
+    assert json.loads(out)["held_parameters"] > json.loads(out)["source"]["held_parameters"]
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    plain, small = (AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("plain", "small"))
+    ids = pico.ids(plain)
+    torch.testing.assert_close(plain(ids).logits, small(ids).logits, rtol=1e-4, atol=1e-5)
+    code, _, err = call("export", tmp_path / "small", "-o", tmp_path / "plain")
+    assert code == 2
+    assert "exists" in err
 
 
 def test_data_stdlib(call, tmp_path):

@@ -35,7 +35,7 @@ def evaluate(
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Tasks of lm-eval instead, comma-separated (needs kronfold[harness]).", show_default=False),
+        typer.Option(help="Tasks of lm-eval instead, comma-separated (needs the extra 'harness').", show_default=False),
     ] = None,
     task_files: Annotated[
         str | None, typer.Option(help="Directory of further lm-eval task files.", show_default=False)

@@ -10,12 +10,12 @@ import typer
 
 from kronfold import __version__
 from kronfold.base.errors import KronfoldError
-from kronfold.cli import comparison, compression, finetuning, inspection, preparation
+from kronfold.cli import comparison, compression, conversion, finetuning, inspection, preparation
 from kronfold.cli.terminal import err
 
 app = typer.Typer(
     name="kronfold",
-    help="Make GPT-style language models smaller with permuted Kronecker products, heal them, load them anywhere.",
+    help="Make GPT-style language models smaller, heal them, compare the ways to do it, load the result anywhere.",
     epilog="Add --debug to any command to see the traceback of an error.",
     no_args_is_help=True,
     add_completion=False,
@@ -39,7 +39,7 @@ def _root(
     """Options of the whole program."""
 
 
-for room in (compression, comparison, inspection, finetuning, preparation):
+for room in (compression, comparison, inspection, finetuning, conversion, preparation):
     room.add_to(app)
 
 

@@ -1,4 +1,4 @@
-"""Commands that prepare: data, pretrain, import-tq."""
+"""Commands that prepare: data, pretrain."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import typer
 
 from kronfold.cli import terminal as t
 
-data = typer.Typer(help="Make and look at training text.", no_args_is_help=True)
+data = typer.Typer(help="Training text: clean it, draw a share of it, extract some from Python.", no_args_is_help=True)
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands of this file."""
     app.add_typer(data, name="data")
     app.command()(pretrain)
-    app.command("import-tq")(import_tq)
 
 
 @data.callback()
@@ -136,30 +135,3 @@ def pretrain(
             progress=lambda step, total, _logs: report("pretrain", step, total),
         )  # fmt: skip
     t.emit(document, json, f"held-out perplexity {document['perplexity']:.2f}, saved in {output}/")
-
-
-def import_tq(
-    path: Annotated[
-        str,
-        typer.Argument(metavar="PATH", help="State dict (.safetensors, .pt, .bin) or its folder.", show_default=False),
-    ],
-    output: Annotated[str, typer.Option("--output", "-o", help="Directory for the kronfold checkpoint.")],
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="Model to take the tokenizer from; default: files beside PATH.", show_default=False),
-    ] = None,
-    heads: Annotated[
-        int | None, typer.Option(help="Attention heads; default: config.json's, else of 64 channels.", min=1)
-    ] = None,
-    dtype: t.Dtype = None,
-    overwrite: t.Overwrite = False,
-    json: t.Json = False,
-) -> None:
-    """Read a published TQCompressedGPT2 state dict into a checkpoint that transformers loads, with equal logits."""
-    from kronfold.pipelines.importing import import_tq as convert
-
-    t.prepare()
-    document = convert(path, output, tokenizer=tokenizer, heads=heads, dtype=dtype, overwrite=overwrite)
-    lacks = "" if document["tokenizer"] else "; no tokenizer was found, copy GPT-2's there or pass --tokenizer"
-    said = f"{document['held_parameters']:,} held parameters, {document['head']} head, saved in {output}/{lacks}"
-    t.emit(document, json, said)

@@ -1,4 +1,4 @@
-"""From a checkpoint to a plan, or to a compressed checkpoint."""
+"""From a checkpoint to a plan, to a compressed checkpoint, and back to a plain one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from kronfold.base import results
 from kronfold.base.files import atomic_directory, check_output, write_json
 from kronfold.export.checkpoint import write_model
+from kronfold.export.dense import to_dense
 from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer, read_dtype
@@ -124,6 +125,23 @@ def _changed(recipe: str, settings: AutoRecipe) -> Recipe:
     """The recipe with its `auto` entry, if it has one, as the command wants it."""
     loaded = load_recipe(recipe)
     return loaded.model_copy(update={"auto": settings}) if loaded.auto else loaded
+
+
+def export_dense(
+    model: str, output: str | Path, *, dtype: str | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Fold the structures of the checkpoint `model` back into plain weights and save that in `output`, tokenizer too.
+
+    Returns the results document (schema `kronfold/export`). Raises OutputError, CheckpointError, InputError, before
+    anything is written.
+    """
+    check_output(output, overwrite)
+    saved_dtype = read_dtype(dtype) if dtype else None
+    compressed, tokenizer = load_model(model), load_tokenizer(model)
+    plain = to_dense(compressed)
+    document = results.document("export", None, model=model, source=cost(compressed).to_dict(), **cost(plain).to_dict())
+    save_checkpoint(plain, tokenizer, model, output, document, saved_dtype, overwrite)
+    return document
 
 
 def save_checkpoint(
