@@ -179,7 +179,8 @@ def heal(
     eval_text: Annotated[str | None, typer.Option(help="Text to measure on, before and after.")] = None,
     heal_tokens: Annotated[int, typer.Option(help="Training budget in tokens.")] = 10_000_000,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate (AdamW, cosine).")] = 5e-4,
-    batch_size: Annotated[int, typer.Option(help="Windows per step.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Windows per step, over all processes.")] = 16,
+    micro_batch: t.MicroBatch = None,
     temperature: Annotated[float, typer.Option(help="Temperature of the KL term.")] = 1.0,
     ce: Annotated[float, typer.Option(help="Weight of the cross entropy with the text.")] = 0.1,
     kl: Annotated[float, typer.Option(help="Weight of the divergence from the teacher.")] = 1.0,
@@ -223,7 +224,8 @@ def heal(
     with t.progress_bar() as report:
         document = heal_to(
             model, t.resolve_model(teacher), train_text, output, recipe, eval_text=eval_text, protocol=protocol,
-            seed=seed, device=device, dtype=dtype, resume=resume, overwrite=overwrite, report=report,
+            seed=seed, device=device, dtype=dtype, micro_batch=micro_batch, resume=resume, overwrite=overwrite,
+            report=report,
         )  # fmt: skip
     t.emit(document, json, _saved(document, output))
 
@@ -250,6 +252,7 @@ def run(
         typer.Option(help="dense (fine-tune the teacher alike), plain (no permutations), or none; comma-separated."),
     ] = "dense,plain",
     block_size: Annotated[int | None, typer.Option(help="Training window in tokens.", show_default=False)] = None,
+    micro_batch: t.MicroBatch = None,
     prompt: Annotated[
         str | None, typer.Option(help="Start of the text samples in the report.", show_default=False)
     ] = None,
@@ -276,6 +279,7 @@ def run(
         "cache": str(cache_directory()) if cache else None,
         "protocol": protocol,
         "block_size": block_size,
+        "micro_batch": micro_batch,
         "prompt": prompt,
         "seed": seed,
         "controls": check_controls([name for name in controls.split(",") if name not in ("", "none")]),
@@ -293,9 +297,11 @@ def _run(
     resume: bool,
     json: bool,
 ) -> None:
+    from kronfold.base import processes
     from kronfold.base.files import check_output
 
-    check_output(output, overwrite)
+    if processes.is_main():
+        check_output(output, overwrite)
     from kronfold.models.load import read_dtype
     from kronfold.pipelines.progressive import RunOptions
     from kronfold.pipelines.progressive import run as run_recipe
