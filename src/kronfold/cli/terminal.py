@@ -51,6 +51,19 @@ MicroBatch = Annotated[
     int | None,
     typer.Option(help="The most windows a process takes at once; changes memory only.", show_default=False),
 ]
+Train = Annotated[bool, typer.Option("--train", help="Also what healing takes: memory per device, tokens, steps.")]
+HealTokens = Annotated[
+    int | None,
+    typer.Option(help="Healing budget over all stages; default: the recipe's own.", show_default=False),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(help="With --train: windows per step, over all processes; default: the recipe's.", show_default=False),
+]
+BlockSize = Annotated[int | None, typer.Option(help="Training window in tokens.", show_default=False)]
+Processes = Annotated[int, typer.Option(help="With --train: processes, one for each device.")]
+Precision = Annotated[str, typer.Option(help="With --train: bf16 or fp32 matrix products.")]
+Sharded = Annotated[bool, typer.Option("--sharded", help="With --train: split over the processes (FSDP2).")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Calibration = Annotated[
