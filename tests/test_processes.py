@@ -209,6 +209,13 @@ def test_batches_are_shared_equally(monkeypatch):
         split_batch(16, None)
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_a_student_in_shards_is_refused(monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(InputError, match="whole student.*DDP"):
+        jobs.healed(jobs.healings()["kd"], 1)
+
+
 def test_other_commands_refuse_several_processes(monkeypatch, capsys):
     from kronfold.cli.main import main
 

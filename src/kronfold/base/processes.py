@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 # The others wait while the main process decomposes a large model. The launcher ends them when it dies; no clock has to.
 _PATIENCE = timedelta(days=7)
-_LAST_WORDS = 5.0  # seconds in which the process that speaks for all can do so before another one's end ends it
+_LAST_WORDS = 60.0  # seconds, at most, for the process that speaks for all; its end then ends the others
 
 
 def count() -> int:
@@ -138,8 +138,13 @@ def speaks_for_all() -> bool:
         return True
     first = _asks_first()
     if not first:
-        time.sleep(_LAST_WORDS)  # the launcher ends all when one has ended, so let the first finish its sentence
+        hold_on()
     return first
+
+
+def hold_on() -> None:
+    """Stay until the launcher ends this process, so that its end does not cut off the one that speaks."""
+    time.sleep(_LAST_WORDS)
 
 
 def _asks_first() -> bool:

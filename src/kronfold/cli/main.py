@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from typing import Annotated
@@ -74,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not end.code:
             processes.stop()
         elif not processes.is_main():
-            time.sleep(5)  # the main process met the same; let it finish its sentence before the launcher ends it
+            processes.hold_on()  # the main process met the same, and says so
         raise
     except KronfoldError as error:
         text, code = f"Error: {error}", error.exit_code

@@ -45,7 +45,8 @@ class TrainingJob:
         tokens: budget in all. block: tokens of a block. batch: blocks per optimiser step, over all processes.
         micro_batch: blocks a process takes at once, None for its whole share. processes: one for each device.
         precision: of matrix products; weights, gradients and the optimiser's state are fp32 always.
-        sharded: weights, gradients and optimiser split over the processes (FSDP2), else a copy in each (DDP).
+        sharded: weights, gradients and optimiser split over the processes (FSDP2, which `heal` does not do yet), else a
+            copy in each (DDP).
         chunk: tokens whose logits are alive at once (`ObjectiveConfig.chunk_tokens`).
 
     Raises:

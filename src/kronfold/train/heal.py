@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -99,6 +100,7 @@ def heal(
         OutputError, CheckpointError: output_dir is taken or cannot be written, or is of another run.
     """
     config = HealConfig.from_options(**options)
+    _check_launch()
     if output_dir is None and (resume or config.save_steps):
         raise InputError("resume and save_steps need checkpoints; say where with output_dir.")
     block, fingerprint = _inspect(data)
@@ -152,6 +154,20 @@ def _train(
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return trainer.state, time.perf_counter() - start
+
+
+def _check_launch() -> None:
+    """Raises InputError where accelerate was told to split the student itself over the processes.
+
+    Its parameters would then be shards after the training, in which nothing here could measure or save it.
+    """
+    for name, what in (("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            raise InputError(
+                f"Healing under {what} is not supported: each process needs the whole student. Start it with DDP "
+                "(torchrun, or accelerate launch with `distributed_type: MULTI_GPU`), with a smaller --micro-batch "
+                "where memory is short."
+            )
 
 
 def _inspect(data: Dataset) -> tuple[int, dict[str, Any]]:
