@@ -10,10 +10,12 @@ VOCABULARY = 61
 POSITIONS = 32
 
 
-def gpt2(seed: int = 0, layers: int = 2, vocabulary: int = VOCABULARY, dropout: float = 0.1) -> PreTrainedModel:
+def gpt2(
+    seed: int = 0, layers: int = 2, vocabulary: int = VOCABULARY, dropout: float = 0.1, width: int = 16
+) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=vocabulary, n_positions=POSITIONS, n_embd=16, n_layer=layers, n_head=2,
+        vocab_size=vocabulary, n_positions=POSITIONS, n_embd=width, n_layer=layers, n_head=2,
         resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     return GPT2LMHeadModel(config)

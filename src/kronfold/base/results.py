@@ -8,6 +8,8 @@ import os
 import platform
 from typing import Any
 
+from kronfold.base import processes
+
 SCHEMA_VERSION = 1
 _PACKAGES = ("kronfold", "torch", "transformers", "accelerate", "safetensors", "scipy", "scikit-learn", "numpy")
 
@@ -24,9 +26,10 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor architecture, operating system and the number of cores this process may use."""
+    """Processor architecture, operating system, the number of cores this process may use; processes, where several."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"machine": platform.machine(), "system": platform.system(), "cores": cores}
+    together = {"processes": processes.count()} if processes.count() > 1 else {}
+    return {"machine": platform.machine(), "system": platform.system(), "cores": cores, **together}
 
 
 def document(kind: str, seed: int | None, **content: Any) -> dict[str, Any]:

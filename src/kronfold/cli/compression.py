@@ -65,6 +65,14 @@ def plan(
         tuple[str, str] | None, typer.Option(metavar="A B", help="Compare two saved plans.", show_default=False)
     ] = None,
     errors: Annotated[bool, typer.Option(help="With weights at hand, also fit them and show relative errors.")] = True,
+    train: t.Train = False,
+    heal_tokens: t.HealTokens = None,
+    batch_size: t.BatchSize = None,
+    micro_batch: t.MicroBatch = None,
+    block_size: t.BlockSize = None,
+    processes: t.Processes = 1,
+    precision: t.Precision = "bf16",
+    sharded: t.Sharded = False,
     cache: t.Cache = True,
     seed: t.Seed = 0,
     overwrite: t.Overwrite = False,
@@ -76,12 +84,16 @@ def plan(
         return
     if model is None:
         raise typer.BadParameter("give a MODEL, or two saved plans: --diff A B", param_hint="MODEL")
+    from transformers import PretrainedConfig
+
     from kronfold.base.files import check_output, write_json
     from kronfold.models.load import load_config, load_model
     from kronfold.models.recognised import recognised
     from kronfold.pipelines.calibration import cache_directory
     from kronfold.pipelines.checkpoint import make_plan
     from kronfold.planner.planning import skeleton_of
+    from kronfold.planner.training import training_of
+    from kronfold.report.plans import training_table
     from kronfold.report.tables import plan_table
 
     t.prepare(seed=seed)
@@ -101,12 +113,21 @@ def plan(
             progress=_decomposing(report),
         )  # fmt: skip
     document = made.to_dict()
+    tables: list[Any] = [plan_table(document)]
+    if train:
+        document["training"] = training_of(
+            made, subject if isinstance(subject, PretrainedConfig) else subject.config, tokens=heal_tokens,
+            batch=batch_size, micro_batch=micro_batch, block=block_size, processes=processes, precision=precision,
+            sharded=sharded,
+        )  # fmt: skip
+        tables.append(training_table(document["training"]))
     parts = recognised(skeleton_of(subject))
     if parts.generic:
         document["recognised"] = parts.to_dict()
+        tables.append(parts.lines())
     if output:
         write_json(output, document)
-    t.emit(document, json, plan_table(document), *([parts.lines()] if parts.generic else []))
+    t.emit(document, json, *tables)
 
 
 def _diff(paths: tuple[str, str], json: bool) -> None:
@@ -200,7 +221,8 @@ def heal(
     eval_text: Annotated[str | None, typer.Option(help="Text to measure on, before and after.")] = None,
     heal_tokens: Annotated[int, typer.Option(help="Training budget in tokens.")] = 10_000_000,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate (AdamW, cosine).")] = 5e-4,
-    batch_size: Annotated[int, typer.Option(help="Windows per step.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Windows per step, over all processes.")] = 16,
+    micro_batch: t.MicroBatch = None,
     temperature: Annotated[float, typer.Option(help="Temperature of the KL term.")] = 1.0,
     ce: Annotated[float, typer.Option(help="Weight of the cross entropy with the text.")] = 0.1,
     kl: Annotated[float, typer.Option(help="Weight of the divergence from the teacher.")] = 1.0,
@@ -244,7 +266,8 @@ def heal(
     with t.progress_bar() as report:
         document = heal_to(
             model, t.resolve_model(teacher), train_text, output, recipe, eval_text=eval_text, protocol=protocol,
-            seed=seed, device=device, dtype=dtype, resume=resume, overwrite=overwrite, report=report,
+            seed=seed, device=device, dtype=dtype, micro_batch=micro_batch, resume=resume, overwrite=overwrite,
+            report=report,
         )  # fmt: skip
     t.emit(document, json, _saved(document, output))
 
@@ -255,10 +278,7 @@ def run(
     eval_text: t.Text,
     output: Annotated[str, typer.Option("--output", "-o", help="Directory for checkpoint, results.json and report.")],
     recipe: t.RecipeName = "tqcompressor",
-    heal_tokens: Annotated[
-        int | None,
-        typer.Option(help="Healing budget over all stages; default: the recipe's own.", show_default=False),
-    ] = None,
+    heal_tokens: t.HealTokens = None,
     calibration: t.Calibration = None,
     target_params: t.TargetParams = None,
     target_ratio: t.TargetRatio = None,
@@ -270,7 +290,8 @@ def run(
         str,
         typer.Option(help="dense (fine-tune the teacher alike), plain (no permutations), or none; comma-separated."),
     ] = "dense,plain",
-    block_size: Annotated[int | None, typer.Option(help="Training window in tokens.", show_default=False)] = None,
+    block_size: t.BlockSize = None,
+    micro_batch: t.MicroBatch = None,
     prompt: Annotated[
         str | None, typer.Option(help="Start of the text samples in the report.", show_default=False)
     ] = None,
@@ -297,6 +318,7 @@ def run(
         "cache": str(cache_directory()) if cache else None,
         "protocol": protocol,
         "block_size": block_size,
+        "micro_batch": micro_batch,
         "prompt": prompt,
         "seed": seed,
         "controls": check_controls([name for name in controls.split(",") if name not in ("", "none")]),
@@ -314,9 +336,11 @@ def _run(
     resume: bool,
     json: bool,
 ) -> None:
+    from kronfold.base import processes
     from kronfold.base.files import check_output
 
-    check_output(output, overwrite)
+    if processes.is_main():
+        check_output(output, overwrite)
     from kronfold.models.load import read_dtype
     from kronfold.pipelines.progressive import RunOptions
     from kronfold.pipelines.progressive import run as run_recipe

@@ -54,6 +54,7 @@ def evaluate(
     json: t.Json = False,
 ) -> None:
     """Perplexity of a model on a text, by a named protocol; or a suite of measurements; or tasks of lm-eval."""
+    from kronfold.base import processes
     from kronfold.base.errors import InputError
     from kronfold.base.files import check_output, write_json
     from kronfold.pipelines import evaluation
@@ -69,7 +70,7 @@ def evaluate(
         raise InputError(f"eval was given {given}. Give one --eval-text, or several with --suite lm --lambada PATH.")
     device = t.prepare(device, 0)
     if output:
-        check_output(output, overwrite)
+        processes.on_main(lambda: check_output(output, overwrite))
     source = t.resolve_model(model)
     options: dict[str, Any] = {"batch_size": batch_size, "tokenizer": tokenizer, "device": device, "dtype": dtype}
     options["name"] = model
@@ -87,7 +88,7 @@ def evaluate(
             document = evaluation.evaluate_text(source, texts[0], protocol, report=report, **options)
             shown = _eval_lines(document)
     if output:
-        write_json(output, document)
+        processes.on_main(lambda: write_json(output, document))
     t.emit(document, json, shown)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import traceback
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
 from kronfold import __version__
-from kronfold.base.errors import KronfoldError
+from kronfold.base import processes
+from kronfold.base.errors import InputError, KronfoldError
 from kronfold.cli import comparison, compression, conversion, finetuning, inspection, preparation
 from kronfold.cli.terminal import err
 
@@ -30,13 +34,23 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
+_TOGETHER = ("demo", "heal", "run", "eval")  # commands that several processes do together
+
+
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Options of the whole program."""
+    command = context.invoked_subcommand
+    if processes.count() > 1 and command not in _TOGETHER:
+        raise InputError(
+            f"kronfold {command} runs in one process and {processes.count()} were started. Start it without the "
+            f"launcher; {', '.join(_TOGETHER)} share their work."
+        )
 
 
 for room in (compression, comparison, inspection, finetuning, conversion, preparation):
@@ -44,27 +58,47 @@ for room in (compression, comparison, inspection, finetuning, conversion, prepar
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. Exit codes: 0 done, 2 something given cannot be used, 1 a fault of kronfold's own."""
+    """Run the command line. Exit codes: 0 done, 2 something given cannot be used, 1 a fault of kronfold's own.
+
+    Of several processes only the main one prints; of an error, only the process that met it first.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        app(arguments)  # ends in SystemExit: 0 when done, 2 for words it does not understand
+        with _silent_unless_main(debug):
+            app(arguments)  # ends in SystemExit: 0 when done, 2 for words it does not understand
         return
+    except SystemExit as end:
+        if not end.code:
+            processes.stop()
+        elif not processes.is_main():
+            processes.hold_on()  # the main process met the same, and says so
+        raise
     except KronfoldError as error:
-        _complain(f"Error: {error}", debug)
-        code = error.exit_code
+        text, code = f"Error: {error}", error.exit_code
+        if debug:
+            traceback.print_exc()
     except Exception as error:
-        _complain(
-            f"Internal error: {type(error).__name__}: {error}\nThis is a fault of kronfold, not of yours. "
-            "Run the command again with --debug and report what it prints.",
-            debug,
+        text, code = (
+            (
+                f"Internal error: {type(error).__name__}: {error}\nThis is a fault of kronfold, not of yours. "
+                "Run the command again with --debug and report what it prints."
+            ),
+            1,
         )
-        code = 1
+        if debug:
+            traceback.print_exc()
+    if processes.speaks_for_all():
+        err.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
     sys.exit(code)
 
 
-def _complain(text: str, debug: bool) -> None:
-    if debug:
-        traceback.print_exc()
-    err.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
+@contextlib.contextmanager
+def _silent_unless_main(debug: bool) -> Iterator[None]:
+    """Results, progress and warnings would otherwise come once from every process."""
+    if processes.is_main() or debug:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield

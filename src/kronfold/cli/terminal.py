@@ -47,6 +47,25 @@ Dtype = Annotated[
     typer.Option(help="float32, float16 or bfloat16 of the saved weights; default: as in MODEL.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+MicroBatch = Annotated[
+    int | None,
+    typer.Option(help="The most windows a process takes at once; changes memory only.", show_default=False),
+]
+Train = Annotated[bool, typer.Option("--train", help="Also what healing takes: memory per device, tokens, steps.")]
+HealTokens = Annotated[
+    int | None,
+    typer.Option(help="Healing budget over all stages; default: the recipe's own.", show_default=False),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(help="With --train: windows per step, over all processes; default: the recipe's.", show_default=False),
+]
+BlockSize = Annotated[int | None, typer.Option(help="Training window in tokens.", show_default=False)]
+Processes = Annotated[int, typer.Option(help="With --train: processes, one for each device.")]
+Precision = Annotated[str, typer.Option(help="With --train: bf16 or fp32 matrix products.")]
+Sharded = Annotated[
+    bool, typer.Option("--sharded", help="With --train: as it would be split over the processes (FSDP2).")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Calibration = Annotated[
@@ -218,10 +237,12 @@ def prepare(device: str = "cpu", seed: int | None = None) -> str:
     from transformers import set_seed
     from transformers.utils import logging
 
+    from kronfold.base import processes
     from kronfold.base.errors import InputError
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    processes.start(device)
     if seed is not None:
         set_seed(seed)
     if device == "auto":

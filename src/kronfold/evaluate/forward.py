@@ -1,14 +1,17 @@
-"""A causal model as two functions, so that logits are worked out only where a number is read from them."""
+"""How a causal model is run to be measured: logits only where a number is read from them, batches shared out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
+from kronfold.base import processes
 from kronfold.base.errors import InputError
 from kronfold.distill.pairs import check_head
+
+T = TypeVar("T")
 
 
 def split_head(model: Any) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
@@ -25,3 +28,25 @@ def split_head(model: Any) -> tuple[Callable[[torch.Tensor], torch.Tensor], Call
     except InputError:
         return lambda inputs: forward(model, inputs).logits, lambda logits: logits
     return lambda inputs: forward(model.base_model, inputs).last_hidden_state, model.get_output_embeddings()
+
+
+def in_turn(
+    batches: Sequence[Sequence[Any]],
+    measure: Callable[[Any], T],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[T]:
+    """`measure` of each batch, in order, on every process; of several processes each does every n-th batch.
+
+    `progress(done, total)`, in items of the batches, is called by the main process alone.
+    """
+    count, total, done = processes.count(), sum(map(len, batches)), 0
+    own = []
+    for start in range(0, len(batches), count):
+        share = batches[start : start + count]  # one batch for each process, the last time perhaps fewer
+        if processes.index() < len(share):
+            own.append(measure(share[processes.index()]))
+        done += sum(map(len, share))
+        if progress and processes.is_main():
+            progress(done, total)
+    by_process = processes.gather(own)
+    return [by_process[i % count][i // count] for i in range(len(batches))]

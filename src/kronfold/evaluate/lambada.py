@@ -15,7 +15,7 @@ import torch
 
 from kronfold.base.errors import CheckpointError, DataError, InputError
 from kronfold.data.sources import documents
-from kronfold.evaluate.forward import split_head
+from kronfold.evaluate.forward import in_turn, split_head
 
 _TOKENS_PER_BATCH = 4096  # chosen batch: about this many tokens per forward pass
 _DEFAULT_CONTEXT = 2048  # lm-eval's, for a model that names no length
@@ -75,7 +75,8 @@ def lambada(
     Args:
         source: a .jsonl or .parquet file (also .gz) with one passage a row in "text", a `datasets` id such as
             `EleutherAI/lambada_openai:default:test`, or the passages themselves.
-        batch_size: passages per forward pass; changes speed and memory only.
+        batch_size: passages per forward pass; changes speed and memory only. Processes under torchrun share the
+            batches, and every one must call this.
         progress: called with (passages done, passages in all).
 
     Raises:
@@ -169,20 +170,21 @@ def _answers(
     body, head = split_head(model)
     training = model.training
     model.eval()
-    done = 0
+
+    def answers(batch: Sequence[_Question]) -> list[tuple[float, bool, int]]:
+        # Padding stands on the right, where a causal model does not look before it is past the targets.
+        inputs = torch.zeros(len(batch), len(batch[0].inputs), dtype=torch.long)
+        for row, question in zip(inputs, batch, strict=True):
+            row[: len(question.inputs)] = torch.tensor(question.inputs)
+        states = body(inputs.to(model.device))
+        ends = [(len(question.inputs) - len(question.targets), len(question.inputs)) for question in batch]
+        read = torch.cat([row[start:end] for row, (start, end) in zip(states, ends, strict=True)])
+        return list(_scores(head(read).float(), [question.targets for question in batch]))
+
     try:
-        for batch in _batches(sorted(asked, key=lambda question: -len(question.inputs)), batch_size):
-            # Padding stands on the right, where a causal model does not look before it is past the targets.
-            inputs = torch.zeros(len(batch), len(batch[0].inputs), dtype=torch.long)
-            for row, question in zip(inputs, batch, strict=True):
-                row[: len(question.inputs)] = torch.tensor(question.inputs)
-            states = body(inputs.to(model.device))
-            ends = [(len(question.inputs) - len(question.targets), len(question.inputs)) for question in batch]
-            read = torch.cat([row[start:end] for row, (start, end) in zip(states, ends, strict=True)])
-            yield from _scores(head(read).float(), [question.targets for question in batch])
-            done += len(batch)
-            if progress:
-                progress(done, len(asked))
+        batches = list(_batches(sorted(asked, key=lambda question: -len(question.inputs)), batch_size))
+        for found in in_turn(batches, answers, progress):
+            yield from found
     finally:
         model.train(training)
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from kronfold.base.errors import CheckpointError, DataError, InputError, suggest
 from kronfold.data.packing import encode_documents
 from kronfold.data.sources import documents
-from kronfold.evaluate.forward import split_head
+from kronfold.evaluate.forward import in_turn, split_head
 
 _TOKENS_PER_BATCH = 4096  # chosen batch: about this many tokens per forward pass
 _LOGITS_PER_CHUNK = 1 << 22  # at most about this many fp32 logits (16 MiB) at once
@@ -84,6 +84,7 @@ def perplexity(
 
     A model with a shorter context uses its own length as window, stride alike, and `protocol["note"]` says so.
     `batch_size` (windows per forward pass) changes speed and memory only. `progress(done, total)`: windows.
+    Under torchrun every process must call this: they share the batches, and each gets the number one process would.
     Raises DataError (fewer than 2 tokens, unreadable text), InputError (unknown protocol, bad batch size),
     CheckpointError (the model's loss is not finite).
     """
@@ -193,27 +194,35 @@ def _window_losses(
     batch_size: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[float, int]]:
-    """(summed loss, targets) of each window, in order. Windows of one length share a batch, so nothing is padded."""
+    """(summed loss, targets) of each window, in order.
+
+    Processes take whole batches in turn, the very batches of a single process, so the sums are equal to the last bit.
+    """
     body, head = split_head(model)
     rows = max(1, _LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size)
     training = model.training
     model.eval()
-    done = 0
+
+    def losses(batch: list[tuple[int, int, int]]) -> list[tuple[float, int]]:
+        inputs = torch.stack([ids[start:end] for start, end, _ in batch]).to(model.device)
+        return [
+            (_loss(row[first - start - 1 : end - start - 1], head, ids[first:end].to(row.device), rows), end - first)
+            for row, (start, end, first) in zip(body(inputs), batch, strict=True)
+        ]
+
     try:
-        for width, group in groupby(windows, key=lambda window: window[1] - window[0]):
-            equal = iter(list(group))
-            size = batch_size or max(1, _TOKENS_PER_BATCH // width)
-            while batch := list(islice(equal, size)):
-                inputs = torch.stack([ids[start:end] for start, end, _ in batch]).to(model.device)
-                states = body(inputs)
-                for row, (start, end, first) in zip(states, batch, strict=True):
-                    targets = ids[first:end].to(row.device)
-                    yield _loss(row[first - start - 1 : end - start - 1], head, targets, rows), end - first
-                done += len(batch)
-                if progress:
-                    progress(done, len(windows))
+        for found in in_turn(list(_batches(windows, batch_size)), losses, progress):
+            yield from found
     finally:
         model.train(training)
+
+
+def _batches(windows: list[tuple[int, int, int]], batch_size: int | None) -> Iterator[list[tuple[int, int, int]]]:
+    """Windows of one length share a batch, so nothing is padded."""
+    for width, group in groupby(windows, key=lambda window: window[1] - window[0]):
+        equal = iter(list(group))
+        while batch := list(islice(equal, batch_size or max(1, _TOKENS_PER_BATCH // width))):
+            yield batch
 
 
 def _loss(

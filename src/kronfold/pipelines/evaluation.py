@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kronfold.base import results
+from kronfold.base import processes, results
 from kronfold.base.errors import DataError, InputError, suggest
 from kronfold.evaluate.harness import harness
 from kronfold.evaluate.lambada import lambada, passages
@@ -137,7 +137,8 @@ def evaluate_tasks(
 ) -> dict[str, Any]:
     """Scores of lm-eval's tasks, see `kronfold.evaluate.harness`. Raises InputError, DataError, CheckpointError."""
     subject, reader = _open(model, tokenizer, device, dtype)
-    found = harness(subject, reader, tasks, include=task_files, batch_size=batch_size or 16)
+    # lm-eval takes a model that is already loaded for that of a single process
+    found = processes.on_main(lambda: harness(subject, reader, tasks, include=task_files, batch_size=batch_size or 16))
     return results.document(
         "eval-tasks",
         None,
@@ -151,4 +152,5 @@ def evaluate_tasks(
 
 def _open(model: str, tokenizer: str | None, device: str, dtype: str) -> tuple[Any, Any]:
     """The model, and its own or another's tokenizer."""
+    processes.start(device)
     return load_model(model, dtype=read_dtype(dtype), device=device), load_tokenizer(tokenizer or model)

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kronfold.base import results
+from kronfold.base import processes, results
 from kronfold.base.errors import OutputError
 from kronfold.base.files import check_output
 from kronfold.data.packing import TokenBlocks, pack
@@ -20,6 +20,7 @@ from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer, read_dtype
 from kronfold.pipelines.checkpoint import save_checkpoint
 from kronfold.pipelines.objectives import objective_of
+from kronfold.pipelines.together import split_batch
 from kronfold.planner.recipe import HealRecipe
 from kronfold.train.heal import HealResult, heal
 
@@ -36,23 +37,27 @@ def heal_to(
     seed: int = 0,
     device: str = "cpu",
     dtype: str | None = None,
+    micro_batch: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     report: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Heal the checkpoint `student` by distillation from `teacher` and save the result in `output`.
 
-    Trainer checkpoints live in `<output>.partial` until the end; `resume` continues from them.
+    Trainer checkpoints live in `<output>.partial` until the end; `resume` continues from them, with another number of
+    processes too. `micro_batch`: see `split_batch`; it changes speed and memory only.
     Returns the results document. Raises OutputError, CheckpointError, DataError, before training starts.
     """
-    check_output(output, overwrite)
+    processes.start(device)
+    processes.on_main(lambda: check_output(output, overwrite))
     objective_of(recipe)
+    split_batch(recipe.batch_size, micro_batch)
     saved_dtype = read_dtype(dtype) if dtype else None
-    work = _work_directory(output, resume, overwrite)
+    work = processes.on_main(lambda: _work_directory(output, resume, overwrite))
     model, original = load_model(student, device=device), load_model(teacher, device=device)
     tokenizer = load_tokenizer(student)
     size = min(1024, getattr(model.config, "max_position_embeddings", 1024))
-    blocks = pack(documents(train_text), tokenizer, size, max_tokens=recipe.tokens)
+    blocks = processes.on_main(lambda: pack(documents(train_text), tokenizer, size, max_tokens=recipe.tokens))
 
     def measure(subject: PreTrainedModel, what: str) -> float | None:
         if eval_text is None:
@@ -71,6 +76,7 @@ def heal_to(
         seed=seed,
         output_dir=work,
         resume=resume,
+        micro_batch=micro_batch,
         progress=lambda step, total, _logs: report("heal", step, total),
     )
     stage = {
@@ -92,8 +98,12 @@ def heal_to(
         **cost(model).to_dict(),
         stages=[stage],
     )
-    save_checkpoint(model, tokenizer, student, output, document, saved_dtype, overwrite)
-    shutil.rmtree(work, ignore_errors=True)
+
+    def save() -> None:
+        save_checkpoint(model, tokenizer, student, output, document, saved_dtype, overwrite)
+        shutil.rmtree(work, ignore_errors=True)
+
+    processes.on_main(save)
     return document
 
 
@@ -118,19 +128,24 @@ def heal_by(
     resume: bool,
     progress: Callable[[int, int, dict[str, float]], None],
     start_tokens: int = 0,
+    micro_batch: int | None = None,
 ) -> HealResult:
     """`kronfold.train.heal.heal` with the settings of a recipe; an objective that compares nothing uses no teacher.
 
     `output_dir` receives trainer checkpoints on the way, None keeps none (such a healing cannot be resumed).
     `start_tokens`: what earlier stages have read of the blocks already.
+    A step is over `recipe.batch_size` blocks however many processes share them, so their number changes no result
+    beyond rounding. Raises InputError when they cannot, see `split_batch`.
     """
+    batch_size, accumulate = split_batch(recipe.batch_size, micro_batch)
     objective = objective_of(recipe)
     return heal(
         student,
         teacher if objective.needs_teacher else None,
         blocks,
         tokens=recipe.tokens,
-        batch_size=recipe.batch_size,
+        batch_size=batch_size,
+        accumulate=accumulate,
         learning_rate=recipe.learning_rate,
         warmup=recipe.warmup,
         weight_decay=recipe.weight_decay,

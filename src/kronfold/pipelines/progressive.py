@@ -2,6 +2,9 @@
 
 Everything happens in a work directory beside the output, `<output>.partial`; it takes the output's name only when all
 is done. A killed run leaves the old output as it was, and `resume=True` goes on from the last finished step.
+
+Under torchrun every process goes through the same steps: healing and measuring are shared, the rest (planning,
+calibrating, decomposing, every file) is done by the main process while the others wait.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kronfold.base import results
+from kronfold.base import processes, results
 from kronfold.base.errors import InputError, suggest
 from kronfold.base.files import check_output, explain_write_errors, sha256_of, swap_directory, write_json
 from kronfold.data.packing import TokenBlocks, pack
@@ -35,8 +38,9 @@ from kronfold.pipelines.objectives import check_objectives
 from kronfold.pipelines.run_state import Control, Report, Run, RunOptions
 from kronfold.pipelines.stage import keep_layers
 from kronfold.pipelines.steps import StepBook
+from kronfold.pipelines.together import made_once, split_batch
 from kronfold.planner import planning
-from kronfold.planner.plan import Plan
+from kronfold.planner.plan import Plan, PlanRow
 from kronfold.planner.recipe import HealRecipe, Recipe, load_recipe
 from kronfold.train.heal import HealResult
 
@@ -65,34 +69,46 @@ def run(
         OutputError: the output exists (and no `overwrite`) or cannot be written. InputError and its kin: anything
             given that cannot be used. All are raised before any work starts.
     """
-    output = check_output(output, overwrite)
+    processes.start(options.device)
+    output = processes.on_main(lambda: check_output(output, overwrite))
     _check_options(options)
     started = time.monotonic()
     recipe = load_recipe(options.recipe).with_heal_tokens(options.heal_tokens)
     check_objectives(recipe)
+    for stage in recipe.stages:
+        if stage.heal:
+            split_batch(stage.heal.batch_size, options.micro_batch)
     teacher = load_model(options.model, device=options.device)
     tokenizer = load_tokenizer(options.model)
-    plan = None if recipe.auto else planning.plan(teacher, recipe)
-    found = _calibrate(options, recipe, teacher, plan, tokenizer, report)
-    if plan is None:
+    given = None if recipe.auto else planning.plan(teacher, recipe)
+    found = processes.on_main(lambda: _calibrate(options, recipe, teacher, given, tokenizer, report), share=False)
+
+    def plan_for_budget() -> Plan:
         assert found is not None  # with auto the training text is read where no other is named
-        plan = plan_auto(teacher, found, recipe, options.budget, progress=report)
-    blocks = _blocks(options, recipe, teacher, tokenizer)
+        return plan_auto(teacher, found, recipe, options.budget, progress=report)
+
+    plan = given or processes.on_main(plan_for_budget)
+    blocks = processes.on_main(lambda: _blocks(options, recipe, teacher, tokenizer))
     next(iter(documents(options.eval_text)))  # an unreadable evaluation text must not surface after hours
     work = output.with_name(output.name + ".partial")
-    book = StepBook.open(work, _fingerprint(options, recipe, blocks), resume, discard=overwrite)
+    fingerprint = processes.on_main(lambda: _fingerprint(options, recipe, blocks))
+    book = StepBook.open(work, fingerprint, resume, discard=overwrite)
     book.add_seconds_from(started)
-    plan.save(work / "plan.json")
+    processes.on_main(lambda: plan.save(work / "plan.json"), share=False)
     state = Run(options, recipe, work, book, teacher, tokenizer, blocks, report, plan, found)
     measured = _measure(state)
     student = load_model(work / "stages" / recipe.stages[-1].name, device=options.device)
     document = _finish(state, student, measured)
-    finish(document, work)
-    with explain_write_errors(output):
-        swap_directory(work, output)
-    for leftover in ("stages", "plain", "steps.json"):
-        path = output / leftover
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def hand_over() -> None:
+        finish(document, work)
+        with explain_write_errors(output):
+            swap_directory(work, output)
+        for leftover in ("stages", "plain", "steps.json"):
+            path = output / leftover
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    processes.on_main(hand_over)
     return document
 
 
@@ -149,7 +165,7 @@ def _blocks(options: RunOptions, recipe: Recipe, teacher: PreTrainedModel, token
 
 
 def _fingerprint(options: RunOptions, recipe: Recipe, blocks: TokenBlocks) -> dict[str, Any]:
-    free = ("device", "command", "name", "cache")
+    free = ("device", "command", "name", "cache", "micro_batch")
     fields = {key: value for key, value in asdict(options).items() if key not in free}
     fields["dtype"] = str(options.dtype)
     fields["controls"] = sorted(options.controls)
@@ -171,10 +187,15 @@ def _teacher(state: Run) -> dict[str, Any]:
 
 
 def _unhealed(state: Run) -> dict[str, Any]:
-    student = keep_layers(state.teacher, state.plan.layers)
-    student = copy.deepcopy(student) if student is state.teacher else student
-    for stage in state.plan.stages:
-        state.fit(student, stage.rows)
+
+    def make() -> tuple[PreTrainedModel, None]:
+        student = keep_layers(state.teacher, state.plan.layers)
+        student = copy.deepcopy(student) if student is state.teacher else student
+        for stage in state.plan.stages:
+            state.fit(student, stage.rows)
+        return student, None
+
+    student, _ = made_once(make, state.work / "unhealed", state.tokenizer, state.options.device)
     found = state.perplexity(student, "the compressed model before healing")
     return {"perplexity": found["perplexity"], "sample": state.text(student), **cost(student).to_dict()}
 
@@ -212,7 +233,8 @@ def run_stages(state: Run, plan: Plan, track: str) -> list[dict[str, Any]]:
         done.append(
             state.book.step(f"{track}/{stage.name}", lambda: _stage(state, stage, source, place, read, last))  # noqa: B023
         )
-        shutil.rmtree(_trainer_of(place), ignore_errors=True)  # only now is the stage written down
+        if processes.is_main():
+            shutil.rmtree(_trainer_of(place), ignore_errors=True)  # only now is the stage written down
         previous = place
     return done
 
@@ -225,8 +247,13 @@ def _stage(
     `read`: tokens the stages before it were healed on.
     """
     started = time.monotonic()
-    student, rows = state.compressed(source, stage)
-    gathers = {"gathers": absorb_gathers(student)} if last else {}
+
+    def make() -> tuple[PreTrainedModel, tuple[list[PlanRow], dict[str, Any]]]:
+        student, rows = state.compressed(source, stage)
+        return student, (rows, {"gathers": absorb_gathers(student)} if last else {})
+
+    fitted = place.with_name(place.name + ".fitted")
+    student, (rows, gathers) = made_once(make, fitted, state.tokenizer, state.options.device)
     decomposed = time.monotonic() - started
     before = _stage_perplexity(state, student, f"{stage.name}, before healing")
     entry: dict[str, Any] = {
@@ -251,7 +278,7 @@ def _stage(
             losses=healed.losses,
         )
     entry["sample"] = state.text(student)
-    write_model(student, state.tokenizer, place)
+    processes.on_main(lambda: write_model(student, state.tokenizer, place))
     return entry
 
 
@@ -281,6 +308,7 @@ def _heal(
         resume=state.book.resumed,
         progress=progress,
         start_tokens=read,
+        micro_batch=state.options.micro_batch,
     )
 
 
@@ -291,7 +319,7 @@ def _finish(state: Run, student: PreTrainedModel, measured: dict[str, Any]) -> d
     student.to(dtype)
     if read_specs(student):
         attach(student)
-    write_model(student, state.tokenizer, state.work)
+    processes.on_main(lambda: write_model(student, state.tokenizer, state.work))
     final = state.perplexity(load_model(state.work, device=options.device), "the saved checkpoint")
     teacher, stages, controls = measured["teacher"], measured["stages"], measured["controls"]
     document = results.document(
@@ -325,7 +353,7 @@ def _finish(state: Run, student: PreTrainedModel, measured: dict[str, Any]) -> d
         samples=_samples(options, teacher, stages, controls),
         total_seconds=round(state.book.seconds(), 1),
     )
-    write_json(state.work / "results.json", document)
+    processes.on_main(lambda: write_json(state.work / "results.json", document))
     return document
 
 

@@ -38,7 +38,8 @@ class RunOptions:
         heal_tokens: healing budget over all stages, None for the recipe's own.
         calibration: texts to fit to; the recipe `auto` takes the training text when there are none, any other recipe
             is then fitted to the weights alone. budget: for `auto`. cache: directory for statistics, None for none.
-        block_size: training window in tokens, None for the model's context (at most 1024).
+        block_size: training window in tokens, None for the model's context (at most 1024). micro_batch: the most blocks
+            a process takes through the models at once, None for its share of the step.
         protocol: of every perplexity. controls: "dense" fine-tunes the teacher on the same data, "plain" repeats the
             recipe without permutations; equal tokens and seed. prompt: start of the text samples, None for no samples.
         dtype: of the saved weights, None for the teacher's own.
@@ -53,6 +54,7 @@ class RunOptions:
     budget: Budget | None = None
     cache: str | None = None
     block_size: int | None = None
+    micro_batch: int | None = None
     protocol: str = "sliding"
     controls: Sequence[Control] = ("dense", "plain")
     prompt: str | None = None

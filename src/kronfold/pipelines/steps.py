@@ -9,12 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kronfold.base import processes
 from kronfold.base.errors import InputError
 from kronfold.base.files import write_json
 
 
 class StepBook:
     """Results of finished steps by name, in `<work>/steps.json`, written after each step.
+
+    Several processes do each step together; the main one reads and writes the book, and what it found is what counts.
 
     Attributes:
         resumed: the book was opened to continue an earlier run.
@@ -32,6 +35,10 @@ class StepBook:
         Raises InputError: an unfinished run lies there and `resume` was not asked for; nothing lies there and it was;
         or the one there was started with other options (which are named).
         """
+        return processes.on_main(lambda: cls._open(work, fingerprint, resume, discard))
+
+    @classmethod
+    def _open(cls, work: Path, fingerprint: dict[str, Any], resume: bool, discard: bool) -> StepBook:
         path = work / "steps.json"
         fingerprint = json.loads(json.dumps(fingerprint))
         if resume:
@@ -57,8 +64,10 @@ class StepBook:
     def step(self, name: str, work: Callable[[], Any]) -> Any:
         """The result of step `name`: read from the book, or worked out now and written down."""
         if name not in self.steps:
-            self.steps[name] = json.loads(json.dumps(work()))
-            self._write()
+            found = processes.from_main(work())
+            self.steps[name] = json.loads(json.dumps(found))
+            if processes.is_main():
+                self._write()
         return self.steps[name]
 
     def add_seconds_from(self, started: float) -> None:

@@ -48,7 +48,10 @@ class ObjectiveRecipe(BaseModel):
 
 
 class HealRecipe(_Strict):
-    """How a stage heals. `tokens` is its budget in training tokens; --heal-tokens rescales all stages in proportion."""
+    """How a stage heals. `tokens` is its budget in training tokens; --heal-tokens rescales all stages in proportion.
+
+    `batch_size`: blocks per optimiser step, in all, however many processes share them.
+    """
 
     tokens: int = Field(gt=0)
     learning_rate: float = Field(5e-4, gt=0)

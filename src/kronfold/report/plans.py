@@ -113,3 +113,32 @@ def _shown(value: object) -> str:
     if isinstance(value, int):
         return numbers.count(value)
     return f"{value:.4f}" if isinstance(value, float) else str(value or "")
+
+
+_PARTS = {
+    "weights": "weights of the student, fp32",
+    "gradients": "their gradients",
+    "optimiser": "AdamW's two moments",
+    "buckets": "DDP's buckets of gradients",
+    "copies": "bf16 copies of the weights",
+    "teacher": "the teacher",
+    "activations": "activations of a micro-batch",
+    "logits": "logits of a chunk, and their gradient",
+}
+
+
+def training_table(training: Document) -> RenderableType:
+    """Memory per device by what it is for, then tokens and steps (the `training` entry of a plan)."""
+    processes = training["processes"]
+    how = "sharded (FSDP2)" if training["sharded"] else "a copy in each (DDP)" if processes > 1 else "one device"
+    table = simple_table(f"Healing on {processes} device(s), {how}, {training['precision']}", ["Per device", "Size"], 1)
+    for name, size in training["memory"].items():
+        if size:
+            table.add_row(Text(_PARTS[name]), numbers.size(size))
+    table.add_row(Text("in all", style="bold"), numbers.size(training["memory_per_device"]))
+    said = (
+        f"Each step {training['tokens_per_step']:,} tokens: {training['batch']} blocks of {training['block']:,}, "
+        f"{training['micro_batch']} at once in each process, {training['accumulate']} time(s). "
+        f"{training['steps']:,} steps for {training['tokens']:,} tokens."
+    )
+    return Group(table, Text(said))

@@ -23,12 +23,21 @@ class MethodGradients(TrainerCallback):
         self.accelerator = accelerator
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._average()
         parameters = [p for p in self.method.companions if p.grad is not None]
-        if self.accelerator.num_processes > 1:
-            for parameter in parameters:
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         if args.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+
+    def _average(self) -> None:
+        """The mean over processes; one without a gradient counts as zero, unless none has one."""
+        if self.accelerator.num_processes == 1:
+            return
+        own = self.method.companions
+        had = torch.tensor([float(p.grad is not None) for p in own], device=self.accelerator.device)
+        for parameter, somewhere in zip(own, self.accelerator.reduce(had, "sum").tolist(), strict=True):
+            if somewhere:
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(gradient, "mean")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.method.zero_grad()

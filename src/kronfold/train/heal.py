@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from kronfold.base import processes
 from kronfold.base.errors import DataError, InputError
 from kronfold.distill import Objective
 from kronfold.train import checkpoints
@@ -73,6 +75,10 @@ def heal(
 ) -> HealResult:
     """Train `student` in place towards `teacher` on blocks of text.
 
+    Under torchrun or accelerate launch every process calls this alike: the first one's weights count, each step is one
+    over `batch_size` x `accumulate` x processes blocks, and all hold the same student afterwards. A run may be resumed
+    by another number of processes as long as that product stays.
+
     The dense control, the teacher itself fine-tuned on the same text, is this function on
     `copy.deepcopy(teacher)` with `teacher=None` and `objective=ObjectiveConfig(kl=0, ce=1)`.
 
@@ -82,11 +88,11 @@ def heal(
         data: map-style dataset of {"input_ids", "labels"}, integer blocks of one length.
         device: where to train: "cpu", "cuda", or None for the Trainer's choice (a GPU when there is one).
         output_dir: where checkpoints go, plain `save_pretrained` directories with the state of the run
-            beside.
+            beside. Written by the main process, read by all.
         resume: continue from the newest whole checkpoint in output_dir, or start afresh when there is none.
             On CPU in float32 the result is bitwise that of the run that was never stopped.
         callbacks: further callbacks of transformers.Trainer.
-        progress: called after every step with (step, steps, latest entry of `losses`).
+        progress: called after every step with (step, steps, latest entry of `losses`), in the main process alone.
         options: the fields of `HealConfig`: tokens or steps, batch_size, learning_rate, objective, seed, ...
 
     Raises:
@@ -95,6 +101,7 @@ def heal(
         OutputError, CheckpointError: output_dir is taken or cannot be written, or is of another run.
     """
     config = HealConfig.from_options(**options)
+    _check_launch()
     if output_dir is None and (resume or config.save_steps):
         raise InputError("resume and save_steps need checkpoints; say where with output_dir.")
     block, fingerprint = _inspect(data)
@@ -106,13 +113,13 @@ def heal(
         _set_budget(args, config, config.steps_for(blocks_per_step * block), saves=output_dir is not None)
         settings = _settings(config, args, blocks_per_step, student) | fingerprint
         checkpoint = None
-        with args.main_process_first(local=False):
-            if output_dir:  # the other processes find what the first has noted down, as if resuming
-                checkpoint = checkpoints.prepare(place, settings, resume or args.process_index > 0)
-        watcher = _Watcher(progress, blocks_per_step * block)
+        if output_dir:
+            checkpoint = processes.on_main(lambda: checkpoints.prepare(place, settings, resume))
+        watcher = _Watcher(progress if processes.is_main() else None, blocks_per_step * block)
         start = config.start_tokens // block
         stream = ShuffledStream(data, args.max_steps * blocks_per_step, config.seed, start)
         state, seconds = _train(student, teacher, stream, config, args, checkpoint, [watcher, *callbacks])
+        processes.barrier()  # the last checkpoint, which the main process writes, is whole
     steps, resumed_from = state.global_step, checkpoints.step_of(checkpoint) if checkpoint else None
     return HealResult(
         tokens=steps * blocks_per_step * block,
@@ -149,6 +156,20 @@ def _train(
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return trainer.state, time.perf_counter() - start
+
+
+def _check_launch() -> None:
+    """Raises InputError where accelerate was told to split the student itself over the processes.
+
+    Its parameters would then be shards after the training, in which nothing here could measure or save it.
+    """
+    for name, what in (("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            raise InputError(
+                f"Healing under {what} is not supported: each process needs the whole student. Start it with DDP "
+                "(torchrun, or accelerate launch with `distributed_type: MULTI_GPU`), with a smaller --micro-batch "
+                "where memory is short."
+            )
 
 
 def _inspect(data: Dataset) -> tuple[int, dict[str, Any]]:
@@ -192,6 +213,7 @@ def _arguments(
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=not on_cpu,
+        ddp_find_unused_parameters=False,  # all are used, see DistillationTrainer; looking for others costs each step
         use_cache=bool(getattr(student.config, "use_cache", True)),  # the Trainer writes this into the config
     )
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from kronfold.base.errors import InputError, OutputError
 from kronfold.distill import Moment, Objective, ObjectiveConfig, Signals, check_head, check_pair, is_classifier
 from kronfold.distill.divergence import Pair
+from kronfold.distill.losses import LOSSES
 from kronfold.distill.objective import Extra
 from kronfold.train import companion
 from kronfold.train.passes import observed
@@ -137,7 +138,7 @@ class DistillationTrainer(Trainer):
             out.hidden_states[-1], head, teacher_hidden, self.teacher_head, labels, items,
             moment=self._moment, signals=(signals, teacher_signals), extra=self._extra(model, head, features),
         )  # fmt: skip
-        return loss, named, {}
+        return self._through_all(loss, out), named, {}
 
     def _classifier_loss(
         self, model: nn.Module, features: dict[str, Any], labels: Tensor, items: Tensor | int | None
@@ -155,7 +156,18 @@ class DistillationTrainer(Trainer):
             out.logits, teacher_logits, labels, torch.ones_like(features["input_ids"]) if mask is None else mask,
             items, moment=self._moment, signals=(signals, teacher_signals), extra=self._extra(model, None, features),
         )  # fmt: skip
-        return loss, named, {"logits": out.logits.detach()}
+        return self._through_all(loss, out), named, {"logits": out.logits.detach()}
+
+    def _through_all(self, loss: Tensor, out: Any) -> Tensor:
+        """DDP waits for a gradient of every parameter that the outputs depend on.
+
+        An objective without a loss of the logits gives none to the head, nor to blocks above the last it compares; then
+        zeros are sent there.
+        """
+        if self.accelerator.num_processes == 1 or any(n in LOSSES for n in self.objective.method.weights(self._moment)):
+            return loss
+        ends = [out.logits, *(out.hidden_states or ())[-1:]]
+        return loss + 0 * sum(end.float().sum() for end in ends)
 
     def _watch_student(self, model: nn.Module, call: Any, hidden: bool) -> tuple[Any, Signals]:
         return observed(self.accelerator.unwrap_model(model), call, hidden, self.objective.method.attention.student)

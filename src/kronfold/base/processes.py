@@ -1,0 +1,159 @@
+"""Several processes of one job, as torchrun and accelerate launch start them: who is this, and what do all agree on.
+
+The Trainer looks after gradients and losses. This is the rest: process 0, the main one, decides, writes and reports;
+what it finds is handed to the others, and so are its errors. In a single process every function here is a plain call.
+
+torch is imported inside functions, and only under a launcher.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
+
+from kronfold.base.errors import KronfoldError
+
+T = TypeVar("T")
+
+# The others wait while the main process decomposes a large model. The launcher ends them when it dies; no clock has to.
+_PATIENCE = timedelta(days=7)
+_LAST_WORDS = 60.0  # seconds, at most, for the process that speaks for all; its end then ends the others
+
+
+def count() -> int:
+    """How many processes the launcher started; 1 without one."""
+    return max(1, int(os.environ.get("WORLD_SIZE", "1"))) if "RANK" in os.environ else 1
+
+
+def index() -> int:
+    """The number of this process, from 0, over all machines."""
+    return int(os.environ["RANK"]) if count() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this process writes files, prints and reports. True without a launcher."""
+    return index() == 0
+
+
+def start(device: str = "auto") -> None:
+    """Join the other processes, and take this process's own GPU unless `device` is cpu. Done once; later calls pass.
+
+    The Trainer finds the group made here, by `accelerate`, whose environment variables therefore count.
+    """
+    if count() == 1:
+        return
+    import torch
+
+    if not torch.distributed.is_initialized():
+        from accelerate import PartialState
+
+        PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+
+
+def stop() -> None:
+    """Leave the group, if there is one."""
+    if count() > 1 and "torch" in sys.modules:
+        import torch
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+            _channel.cache_clear()
+
+
+@cache
+def _channel() -> Any:
+    """A group for messages between the processes, through memory whatever the training uses; it may wait for hours."""
+    import torch
+
+    start()
+    return torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+
+
+def from_main(value: T) -> T:
+    """The main process's `value`, on every process. All must call it; none goes on before the main one came here."""
+    if count() == 1:
+        return value
+    import torch
+
+    box = [value if is_main() else None]
+    torch.distributed.broadcast_object_list(box, src=0, group=_channel())
+    return value if is_main() else box[0]  # type: ignore[return-value]
+
+
+def gather(value: T) -> list[T]:
+    """The `value` of every process, by its number, on every process. All must call it."""
+    if count() == 1:
+        return [value]
+    import torch
+
+    box: list[Any] = [None] * count()
+    torch.distributed.all_gather_object(box, value, group=_channel())
+    return box
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    gather(None)
+
+
+def on_main(work: Callable[[], T], share: bool = True) -> T:
+    """Do `work` in the main process alone; its result, or its error, is that of every process.
+
+    `share`: False keeps the result in the main process (the others get None), for what is large or of no use to them.
+    """
+    if count() == 1:
+        return work()
+    if not is_main():
+        found: Any = from_main(None)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
+    try:
+        result = work()
+    except Exception as error:
+        from_main((None, _portable(error)))
+        raise
+    from_main((result if share else None, None))
+    return result
+
+
+def _portable(error: Exception) -> Exception:
+    """The same error as far as another process needs it; not everything raised can be pickled."""
+    if isinstance(error, KronfoldError):
+        return type(error)(str(error))
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def speaks_for_all() -> bool:
+    """Asked by a process that failed: True for the first one that asks, which then says why; the others stay silent.
+
+    An error that comes over a process because another one has ended is never the first.
+    """
+    if count() == 1:
+        return True
+    first = _asks_first()
+    if not first:
+        hold_on()
+    return first
+
+
+def hold_on() -> None:
+    """Stay until the launcher ends this process, so that its end does not cut off the one that speaks."""
+    time.sleep(_LAST_WORDS)
+
+
+def _asks_first() -> bool:
+    from torch.distributed import TCPStore
+
+    key = f"kronfold/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    try:
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=20))
+        return store.add(key, 1) == 1
+    except (KeyError, RuntimeError):  # the launcher keeps no store, or it is gone
+        return is_main()
