@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from kronfold.base.errors import KronfoldError
 from kronfold.base.files import check_output, write_json
 from kronfold.base.results import document
+from kronfold.models.cost import cost
 from kronfold.models.parts import Parts
 from kronfold.models.presets import preset_config
 from kronfold.planner.planning import skeleton_of
@@ -75,7 +76,7 @@ def _tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<|endoftext|>")
 
 
-def work(job: str, source: Path, output: Path, threads: int, seed: int) -> dict[str, Any]:
+def work(job: str, name: str, source: Path, output: Path, threads: int, seed: int) -> dict[str, Any]:
     """One job, in this process: seconds and peak resident memory; for compressing also of every part."""
     torch.set_num_threads(threads)
     from kronfold.pipelines.compress import plan
@@ -87,7 +88,7 @@ def work(job: str, source: Path, output: Path, threads: int, seed: int) -> dict[
     if job == "plan":
         from kronfold.models.load import load_config
 
-        made = plan(load_config(source), recipe)
+        made = plan(load_config(f"config:{name}"), recipe)
         found = {"held_parameters": made.held_parameters, "teacher_parameters": made.teacher.held_parameters}
     elif job != "import":
         marks: dict[int, float] = {}
@@ -98,15 +99,24 @@ def work(job: str, source: Path, output: Path, threads: int, seed: int) -> dict[
         ends = [*marks.values(), time.process_time()][1:]
         steps = [round(end - start, 2) for start, end in zip(marks.values(), ends, strict=True)]
         found = {"held_parameters": result["held_parameters"], **result["streamed"]}
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
     return {
         "job": job,
         "wall_seconds": round(time.perf_counter() - wall, 2),
         "processor_seconds": round(time.process_time() - processor, 2),
-        "peak_resident_bytes": kib * 1024,
+        "peak_resident_bytes": peak_resident(),
         **({"part_processor_seconds": steps} if steps else {}),
         **found,
     }
+
+
+def peak_resident() -> int:
+    """Peak resident memory of this process in bytes, files mapped into memory included."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not ru_maxrss: a new process starts from that of the one that started it.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -116,7 +126,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         size = write_random(name, source, options.blocks, options.seed)
         for job in options.jobs:
             output = Path(scratch) / job
-            command = [sys.executable, __file__, "--job", job, str(source), str(output)]
+            command = [sys.executable, __file__, "--job", job, name, str(source), str(output)]
             command += ["--threads", str(options.threads), "--seed", str(options.seed)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             jobs[job] = json.loads(done.stdout)
@@ -127,8 +137,22 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     for found in jobs.values():
         if "part_processor_seconds" in found:
             found["whole_processor_seconds"] = extrapolate(found["part_processor_seconds"], whole)
-    dense = jobs.get("plan", {}).get("teacher_parameters")
-    return {"size": name, "blocks": blocks, "of_blocks": whole, "parameters": dense, "source_bytes": size, "jobs": jobs}
+    return {
+        "size": name,
+        "blocks": blocks,
+        "of_blocks": whole,
+        "parameters": cost(skeleton_of(preset_config(name))).held_parameters,
+        "source_bytes": size,
+        "threads": options.threads,
+        "jobs": jobs,
+    }
+
+
+def merged(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+    """`new`, with the jobs of an older row that was measured alike and that it lacks."""
+    alike = old is not None and all(old[key] == new[key] for key in ("blocks", "source_bytes", "threads"))
+    jobs = {**(old["jobs"] if old and alike else {}), **new["jobs"]}
+    return {**new, "jobs": {job: jobs[job] for job in JOBS if job in jobs}}
 
 
 def extrapolate(seconds: list[float], blocks: int) -> float:
@@ -170,14 +194,14 @@ def main() -> None:
     parser.add_argument("--jobs", default=",".join(JOBS), help=f"of {', '.join(JOBS)}")
     parser.add_argument("--blocks", type=int, help="only the first N blocks (at least 2), the rest extrapolated")
     parser.add_argument("--scratch", help="where the random checkpoints are written; default: the temporary directory")
-    parser.add_argument("-o", "--output", type=Path, help="write every figure as JSON; rows of other sizes there stay")
+    parser.add_argument("-o", "--output", type=Path, help="write every figure as JSON; other sizes and jobs there stay")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
-    parser.add_argument("--job", nargs=3, metavar=("JOB", "SOURCE", "OUTPUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--job", nargs=4, metavar=("JOB", "SIZE", "SOURCE", "OUTPUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
-        job, source, output = options.job
-        print(json.dumps(work(job, Path(source), Path(output), options.threads, options.seed)))
+        job, name, source, output = options.job
+        print(json.dumps(work(job, name, Path(source), Path(output), options.threads, options.seed)))
         return
     options.jobs = [job for job in JOBS if job in options.jobs.split(",")]
     if options.blocks is not None and options.blocks < 2:
@@ -189,7 +213,7 @@ def main() -> None:
             if options.output.is_file():
                 rows = {row["size"]: row for row in json.loads(options.output.read_text())["rows"]}
         for name in options.sizes.split(","):
-            rows[name] = {**measure(name, options), "threads": options.threads}
+            rows[name] = merged(rows.get(name), measure(name, options))
             if options.output:
                 write_json(options.output, document("large_models", options.seed, rows=list(rows.values())))
         Console().print(table(list(rows.values())))

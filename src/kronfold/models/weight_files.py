@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -31,13 +32,16 @@ class WeightFiles:
     """
 
     def __init__(self, place: Path, model: PreTrainedModel) -> None:
-        single = place / _SINGLE
-        # As transformers does: one whole file counts before an index.
-        shards = place.glob("*.safetensors") if (place / _INDEX).is_file() else iter(())
-        self.files = [single] if single.is_file() else sorted(shards)
-        if not self.files:
+        single, index = place / _SINGLE, place / _INDEX
+        if single.is_file():  # as transformers does: one whole file counts before an index
+            self.files = [single]
+        elif index.is_file():
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            self.files = [place / name for name in sorted(set(names))]
+        else:
             raise CheckpointError(
-                f"{place} holds neither {_SINGLE} nor {_INDEX}; transformers would not read it either."
+                f"{place} holds neither {_SINGLE} nor {_INDEX}; transformers would not read it either. Save the model "
+                "again with model.save_pretrained(...)."
             )
         self._where: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -50,7 +54,8 @@ class WeightFiles:
         """Name of a tensor in the model -> its name in the files, which may lack the prefix of the bare body."""
         prefix = model.base_model_prefix + "."
         state = model.state_dict(keep_vars=True)
-        stored = {name: found for name in state for found in (name, name.removeprefix(prefix)) if found in shapes}
+        # Where both names are there the full one, which comes last, counts.
+        stored = {name: found for name in state for found in (name.removeprefix(prefix), name) if found in shapes}
         by_tensor = {id(tensor): stored[name] for name, tensor in state.items() if name in stored}
         faults = []
         for name, tensor in state.items():
