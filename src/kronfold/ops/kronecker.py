@@ -80,14 +80,14 @@ def fastest_order(
     (out_a, in_a), (out_b, in_b) = a_shape, b_shape
     ins, outs = in_a * in_b, out_a * out_b
     gathers = GATHER * (ins * gather_in + outs * gather_out)
-    moved = {"a_first": ins + rank * out_a * in_b, "b_first": outs + rank * in_a * out_b}  # rearranged between products
-    cost = {
-        order: tokens * (macs(a_shape, b_shape, rank, order) + COPY * moved[order] + gathers)  # type: ignore[arg-type]
-        for order in ("a_first", "b_first")
-    }
+    moved = (ins + rank * out_a * in_b, outs + rank * in_a * out_b)  # rearranged between the two products
     building = rank + 2 * COPY + ROW * gather_out + (COPY + ROW) * gather_in
-    cost["dense"] = ins * outs * (tokens + building)
-    return min(cost, key=lambda order: cost[order])  # type: ignore[return-value]
+    cost: dict[Order, float] = {
+        "a_first": tokens * (macs(a_shape, b_shape, rank, "a_first") + COPY * moved[0] + gathers),
+        "b_first": tokens * (macs(a_shape, b_shape, rank, "b_first") + COPY * moved[1] + gathers),
+        "dense": ins * outs * (tokens + building),
+    }
+    return min(cost, key=lambda order: cost[order])
 
 
 def cheapest_order(a_shape: tuple[int, int], b_shape: tuple[int, int], rank: int, tokens: float) -> Order:

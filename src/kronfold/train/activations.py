@@ -23,7 +23,7 @@ def fused_gelu(*models: nn.Module | None) -> Iterator[None]:
     ]
     try:
         for module in found:
-            module.forward = partial(F.gelu, approximate="tanh")  # type: ignore[method-assign]
+            module.forward = partial(F.gelu, approximate="tanh")
         yield
     finally:
         for module in found:
