@@ -31,7 +31,7 @@ stages:
     compress:
       - {modules: role:embedding, block: [1, 2], permute: in}
       - {modules: role:attention_in, block: [2, 2], rank: 2, permute: none}
-      - {modules: [role:mlp_in, role:mlp_out], blocks: odd, block: [4, 4], rank: 3}
+      - {modules: [role:mlp_in, role:mlp_out], blocks: odd, block: [4, 4], rank: 3, permute: none}
   - name: second
     compress:
       - {modules: role:embedding, block: [1, 2], permute: in}
@@ -108,7 +108,7 @@ def both(source, place, recipe):
     compress_streaming(str(source), place / "parts", recipe, seed=3)
     same(place / "whole", place / "parts")
     assert sorted(path.name for path in place.iterdir()) == ["parts", "whole"]
-    assert len(list((place / "parts").glob("*.safetensors"))) > 2
+    assert len(list((place / "parts").glob("*.safetensors"))) > 1
 
 
 # --- the same as in memory ------------------------------------------------------------------------------------------
