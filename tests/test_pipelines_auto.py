@@ -33,7 +33,10 @@ def test_a_budget_is_met_and_the_checkpoint_loads(family, tmp_path):
     student.save_pretrained(tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     ids = pico.ids(model)
-    assert torch.equal(loaded(ids).logits, student.eval()(ids).logits)
+    kept = loaded.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in student.state_dict().items())
+    # weights read from a file may lie elsewhere in memory, where a product rounds differently
+    torch.testing.assert_close(loaded(ids).logits, student.eval()(ids).logits, rtol=1e-5, atol=1e-6)
     assert held_parameters(loaded) == made.held_parameters
     assert torch.allclose(kf.to_dense(student)(ids).logits, student(ids).logits, atol=1e-4)
 
