@@ -22,6 +22,7 @@ from kronfold.evaluate.speed import generation_speed
 from kronfold.pipelines import compare as room
 from kronfold.pipelines.compare import CompareOptions, compare
 from kronfold.planner.budget import Budget
+from kronfold.planner.recipe import load_recipe
 from kronfold.planner.sizing import TOLERANCE
 from kronfold.report import numbers
 from kronfold.report.comparison import columns, compared, comparison_table, markdown
@@ -160,6 +161,36 @@ def test_a_recipe_that_does_not_fit_is_named_before_any_work(options, tmp_path):
     with pytest.raises(KronfoldError, match="(?s)odd.*does not divide"):
         compare(replace(options, recipes=["tqcompressor", str(tmp_path / "odd.yaml")]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_objective_that_no_method_knows_is_named_before_any_work(options, tmp_path):
+    heal = {"tokens": 2048, "objective": {"method": "raill"}}
+    stage = {"name": "all", "compress": [ENTRY], "heal": heal}
+    (tmp_path / "odd.yaml").write_text(yaml.safe_dump({"name": "odd", "stages": [stage]}))
+    with pytest.raises(KronfoldError, match="(?s)raill.*rail"):
+        compare(replace(options, recipes=["tqcompressor", str(tmp_path / "odd.yaml")]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_planned_recipe_is_calibrated_as_it_asks_and_equal_ones_once(options, tmp_path, monkeypatch):
+    recipe = load_recipe("auto").model_dump(mode="json", exclude_none=True)
+    names = []
+    for name, windows in (("few", 3), ("more", 5), ("same", 3)):
+        auto = {**recipe["auto"], "windows": windows, "gradient_windows": 2}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**recipe, "name": name, "auto": auto}))
+        names.append(str(tmp_path / f"{name}.yaml"))
+    measured = []
+    calibrate = room.calibrate_on
+
+    def count(*args, **named):
+        measured.append(args[3].windows)
+        return calibrate(*args, **named)
+
+    monkeypatch.setattr(room, "calibrate_on", count)
+    document = compare(replace(options, recipes=names, lambada=None), tmp_path / "out")
+    assert measured == [3, 5]
+    assert [row["calibration"]["windows"] for row in document["rows"]] == [3, 5, 3]
+    assert document["rows"][0]["perplexity_before"] == document["rows"][2]["perplexity_before"]
 
 
 def _pictures(page: str) -> list[str]:

@@ -12,6 +12,7 @@ from kronfold.base.errors import InputError
 from kronfold.cli.main import main
 from kronfold.evaluate.lambada import lambada
 from kronfold.evaluate.perplexity import perplexity
+from kronfold.evaluate.texts import named_texts
 from kronfold.models.load import load_model, load_tokenizer
 from kronfold.pipelines import evaluation
 
@@ -65,15 +66,15 @@ def test_the_suite_is_its_parts(model, files, tmp_path, capsys, protocol, monkey
 
 def test_names_of_texts(tmp_path) -> None:
     (tmp_path / "a=b.txt").write_text("the fox")
-    assert evaluation.named_texts(["x=some/y.txt", "wiki.test.txt.gz"]) == {
+    assert named_texts(["x=some/y.txt", "wiki.test.txt.gz"]) == {
         "x": "some/y.txt",
         "wiki": "wiki.test.txt.gz",
     }
-    assert evaluation.named_texts([str(tmp_path / "a=b.txt")]) == {"a=b": str(tmp_path / "a=b.txt")}
+    assert named_texts([str(tmp_path / "a=b.txt")]) == {"a=b": str(tmp_path / "a=b.txt")}
     with pytest.raises(InputError, match="Two texts are called 'x': a and b"):
-        evaluation.named_texts(["x=a", "x=b"])
+        named_texts(["x=a", "x=b"])
     with pytest.raises(InputError, match="write NAME=PATH"):
-        evaluation.named_texts(["=a"])
+        named_texts(["=a"])
 
 
 BAD = {

@@ -131,3 +131,10 @@ def sha256_of(*paths: str | Path) -> str:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def sha256_of_source(source: str | Path) -> str:
+    """The same over a file, or all files of a directory sorted by path; of nothing for what is not on this machine."""
+    path = Path(source)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return sha256_of(*(file for file in files if file.is_file()))

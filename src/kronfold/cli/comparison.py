@@ -56,6 +56,7 @@ def compare(
     from kronfold.base.files import check_output
 
     check_output(output, overwrite, allow_existing=resume)
+    from kronfold.evaluate.texts import named_texts
     from kronfold.pipelines.calibration import cache_directory
     from kronfold.pipelines.compare import CompareOptions
     from kronfold.pipelines.compare import compare as run_comparison
@@ -68,7 +69,7 @@ def compare(
         name=model,
         recipes=[name for name in recipes.split(",") if name],
         train_text=train_text,
-        eval_texts=t.named_texts(eval_text),
+        eval_texts=named_texts(eval_text),
         lambada=lambada,
         heal_tokens=heal_tokens,
         budget=t.budget(target_params, target_ratio, None, None),

@@ -57,6 +57,7 @@ def evaluate(
     from kronfold.base import processes
     from kronfold.base.errors import InputError
     from kronfold.base.files import check_output, write_json
+    from kronfold.evaluate.texts import named_texts
     from kronfold.pipelines import evaluation
     from kronfold.report.evaluations import suite_table, task_table
 
@@ -76,7 +77,7 @@ def evaluate(
     options["name"] = model
     with t.progress_bar() as report:
         if suite:
-            named = evaluation.named_texts(texts)
+            named = named_texts(texts)
             document = evaluation.evaluate_suite(
                 source, suite, named, lambada, protocol=protocol, report=report, **options
             )

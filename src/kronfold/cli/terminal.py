@@ -172,22 +172,6 @@ def one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
     return value
 
 
-def named_texts(given: list[str]) -> dict[str, str]:
-    """`NAME=PATH` or `PATH` (named after its file) as name to source. Raises InputError for a name given twice."""
-    from pathlib import Path
-
-    from kronfold.base.errors import InputError
-
-    found: dict[str, str] = {}
-    for text in given:
-        name, _, source = text.rpartition("=")
-        name = name or Path(source).name.split(".")[0]
-        if name in found:
-            raise InputError(f"Two texts are called {name!r}; name them apart: --eval valid=a.txt --eval test=b.txt.")
-        found[name] = source
-    return found
-
-
 def calibration_or_own(texts: list[str] | None) -> list[str]:
     """The given texts; without any, the prose that ships with the package, and a line that says so."""
     if texts:

@@ -43,6 +43,7 @@ def _ending(path: Path) -> str:
 
 
 def source_files(path: Path) -> list[Path]:
+    """The text files of a local source, sorted. Raises DataError for another kind, or a directory without any."""
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and _ending(p) in _ENDINGS)
         if not files:

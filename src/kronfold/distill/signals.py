@@ -131,4 +131,5 @@ def in_rows(values: Callable[[slice], Tensor], count: int, elements: int, batch:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is in float64: sums of bfloat16 would lose the small terms."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

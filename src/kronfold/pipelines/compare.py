@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from kronfold.base import results
 from kronfold.base.errors import InputError, suggest
-from kronfold.base.files import check_output, sha256_of, write_json
+from kronfold.base.files import check_output, sha256_of_source, write_json
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
 from kronfold.evaluate.lambada import lambada
@@ -26,7 +26,7 @@ from kronfold.evaluate.speed import generation_speed
 from kronfold.evaluate.texts import open_text
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer
-from kronfold.pipelines.auto import calibrate_on, settings_of
+from kronfold.pipelines.auto import calibrate_on
 from kronfold.pipelines.calibration import Calibration
 from kronfold.pipelines.compare_rows import Objective, Row, check_rows, row_of, with_budget
 from kronfold.pipelines.gathers import absorb_gathers
@@ -38,7 +38,7 @@ from kronfold.pipelines.steps import StepBook
 from kronfold.planner.budget import Budget
 from kronfold.planner.recipe import HealRecipe, Recipe, load_recipe
 
-# The dense model is near its optimum already: the step size of the recipe `auto`, not that of a broken model.
+# A dense model is near its optimum already; the larger steps that mend a broken one would throw it out.
 _DENSE_LEARNING_RATE = 2e-4
 _TEXT_ONLY = {"ce": 1.0, "kl": 0.0}
 _PROMPT_TOKENS = 16
@@ -86,7 +86,7 @@ class _Comparison:
     teacher: PreTrainedModel
     tokenizer: Any
     blocks: TokenBlocks
-    calibration: Calibration | None
+    calibrations: Mapping[str, Calibration]  # by name of the planned recipes
     report: Report
 
     def run_of(self, row: Row) -> Run:
@@ -104,7 +104,7 @@ class _Comparison:
             seed=options.seed,
             device=options.device,
         )
-        found = self.calibration if row.recipe.auto else None
+        found = self.calibrations.get(row.recipe.name)
         return Run(
             shared, row.recipe, self.output, self.book, self.teacher, self.tokenizer, self.blocks, self.report,
             row.sized.plan, found, measures_stages=False,
@@ -169,7 +169,7 @@ def compare(
     blocks = pack(documents(options.train_text), tokenizer, size, max_tokens=options.heal_tokens)
     for source in [*options.eval_texts.values(), *([options.lambada] if options.lambada else [])]:
         next(iter(documents(source)))  # an unreadable text must not surface after hours
-    found = _calibrate(options, recipes, teacher, tokenizer, report)
+    found = _calibrations(options, recipes, teacher, tokenizer, report)
     book = StepBook.open(output, _fingerprint(options, blocks), resume, discard=overwrite)
     state = _Comparison(options, output, book, teacher, tokenizer, blocks, found, report)
     document: dict[str, Any] = {}
@@ -186,7 +186,7 @@ def _documents(state: _Comparison, recipes: Sequence[Recipe], amount: float | No
     dense = book.step("dense_finetuned", lambda: _dense(state))
     rows: list[dict[str, Any]] = []
     for recipe in recipes:
-        row = row_of(state.teacher, recipe, amount, state.calibration, state.report)
+        row = row_of(state.teacher, recipe, amount, state.calibrations.get(recipe.name), state.report)
         rows.append(_row(state, row, teacher))
         yield _document(state, teacher, dense, rows, len(rows) == len(recipes), amount)
 
@@ -206,6 +206,7 @@ def _row(state: _Comparison, row: Row, teacher: Mapping[str, Any]) -> dict[str, 
         "recipe": name,
         "description": row.recipe.description,
         "size": {"own": sized.own, "reached": sized.reached, "note": sized.note},
+        **({"calibration": run.calibration.to_dict()} if run.calibration else {}),
         **measured["cost"],
         "perplexity_before": before["perplexity"],
         "perplexity_after": after,
@@ -291,28 +292,34 @@ def _check(options: CompareOptions) -> None:
         )
 
 
-def _calibrate(
+def _calibrations(
     options: CompareOptions, recipes: Sequence[Recipe], teacher: PreTrainedModel, tokenizer: Any, report: Report
-) -> Calibration | None:
-    planned = [recipe for recipe in recipes if recipe.auto]
-    if not planned:
-        return None
+) -> dict[str, Calibration]:
+    """Statistics for each planned recipe, as many windows as it asks for; equal ones are measured once."""
     texts = options.calibration or [options.train_text]
-    return calibrate_on(
-        teacher, tokenizer, texts, settings_of(planned[0]), seed=options.seed, cache=options.cache, progress=report
-    )
+    measured: dict[Any, Calibration] = {}
+    found = {}
+    for recipe in recipes:
+        if (auto := recipe.auto) is None:
+            continue
+        asked = (auto.windows, auto.window, auto.gradient_windows, auto.sequential)
+        if asked not in measured:
+            measured[asked] = calibrate_on(
+                teacher, tokenizer, texts, auto, seed=options.seed, cache=options.cache, progress=report
+            )
+        found[recipe.name] = measured[asked]
+    return found
 
 
 def _fingerprint(options: CompareOptions, blocks: TokenBlocks) -> dict[str, Any]:
     """What must be equal when a comparison is resumed; recipes may be added."""
-    model = Path(options.model)
-    files = sorted(file for file in model.rglob("*") if file.is_file()) if model.is_dir() else []
     return {
         "model": options.model,
-        "model_sha256": sha256_of(*files),
+        "model_sha256": sha256_of_source(options.model),
         "train_sha256": blocks.sha256,
-        "eval_texts": dict(options.eval_texts),
-        "lambada": options.lambada,
+        "block_size": options.block_size,
+        "eval_texts": {name: [source, sha256_of_source(source)] for name, source in options.eval_texts.items()},
+        "lambada": [options.lambada, sha256_of_source(options.lambada)] if options.lambada else None,
         "heal_tokens": options.heal_tokens,
         "budget": asdict(options.budget) if options.budget else None,
         "objective": options.objective,
@@ -348,7 +355,7 @@ def _document(
             },
             "eval": {name: Path(source).name for name, source in options.eval_texts.items()},
             "lambada": Path(options.lambada).name if options.lambada else None,
-            "calibration": state.calibration.to_dict() if state.calibration else None,
+            "calibration": next((found.to_dict() for found in state.calibrations.values()), None),
         },
         teacher=teacher,
         controls={"dense_finetuned": dense},

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from kronfold.base.errors import InputError, KronfoldError, RecipeError
 from kronfold.pipelines.auto import plan_auto
 from kronfold.pipelines.calibration import Calibration
+from kronfold.pipelines.objectives import check_objectives
 from kronfold.planner import planning
 from kronfold.planner.budget import Budget
 from kronfold.planner.recipe import HealRecipe, ObjectiveRecipe, Recipe
@@ -63,7 +64,7 @@ def row_of(
         plan = plan_auto(teacher, calibration, recipe, budget, progress=progress)
         sized = Sized(plan, plan.held_parameters, True, "planned for the size" if amount else "its own size")
     rows = [{"name": stage.name, "rows": [(row.name, row.spec) for row in stage.rows]} for stage in sized.plan.stages]
-    shape = json.dumps([recipe.model_dump(mode="json", exclude_defaults=True), rows], sort_keys=True)
+    shape = json.dumps([recipe.model_dump(mode="json", exclude_none=True), rows], sort_keys=True)
     return Row(recipe, sized, f"rows/{recipe.name}-{hashlib.sha256(shape.encode()).hexdigest()[:8]}")
 
 
@@ -76,6 +77,7 @@ def check_rows(teacher: PreTrainedModel, recipes: Sequence[Recipe], amount: floa
     faults = []
     for recipe in recipes:
         try:
+            check_objectives(recipe)
             _sized(teacher, recipe, amount)
         except KronfoldError as error:
             faults.append(str(error))

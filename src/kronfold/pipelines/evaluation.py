@@ -48,21 +48,6 @@ def evaluate_text(
     )
 
 
-def named_texts(given: Sequence[str]) -> dict[str, str]:
-    """Texts written NAME=PATH by name; a bare PATH is called like its file. Raises InputError for a name twice."""
-    found: dict[str, str] = {}
-    for entry in given:
-        name, sign, path = entry.partition("=")
-        if not sign or Path(entry).exists():
-            name, path = Path(entry).name.partition(".")[0], entry
-        if not name or not path:
-            raise InputError(f"--text {entry}: write NAME=PATH, for example --text wikitext2=wiki.test.txt.")
-        if name in found:
-            raise InputError(f"Two texts are called {name!r}: {found[name]} and {path}. Name them, as NAME=PATH.")
-        found[name] = path
-    return found
-
-
 def evaluate_suite(
     model: str,
     suite: str,

@@ -69,24 +69,11 @@ def heal_to(
 
     teacher_perplexity, before = measure(original, "the teacher"), measure(model, "before healing")
     healed = heal_by(
-        recipe,
-        model,
-        original,
-        blocks,
-        seed=seed,
-        output_dir=work,
-        resume=resume,
-        micro_batch=micro_batch,
+        recipe, model, original, blocks,
+        seed=seed, output_dir=work, resume=resume, micro_batch=micro_batch,
         progress=lambda step, total, _logs: report("heal", step, total),
-    )
-    stage = {
-        "name": "heal",
-        "before_healing": before,
-        "after_healing": measure(model, "after healing"),
-        "tokens": healed.tokens,
-        "seconds": healed.seconds,
-        "losses": healed.losses,
-    }
+    )  # fmt: skip
+    after = measure(model, "after healing")
     document = results.document(
         "heal",
         seed,
@@ -96,7 +83,7 @@ def heal_to(
         data={"heal": {"source": Path(train_text).name, "tokens": blocks.tokens, "sha256": blocks.sha256}},
         teacher={**cost(original).to_dict(), "perplexity": teacher_perplexity},
         **cost(model).to_dict(),
-        stages=[stage],
+        stages=[_stage_entry(healed, before, after)],
     )
 
     def save() -> None:
@@ -105,6 +92,18 @@ def heal_to(
 
     processes.on_main(save)
     return document
+
+
+def _stage_entry(healed: HealResult, before: float | None, after: float | None) -> dict[str, Any]:
+    """The one entry of `stages` in the document of a healing."""
+    return {
+        "name": "heal",
+        "before_healing": before,
+        "after_healing": after,
+        "tokens": healed.tokens,
+        "seconds": healed.seconds,
+        "losses": healed.losses,
+    }
 
 
 def _work_directory(output: str | Path, resume: bool, overwrite: bool) -> Path:

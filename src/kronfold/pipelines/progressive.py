@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from kronfold.base import processes, results
 from kronfold.base.errors import InputError, suggest
-from kronfold.base.files import check_output, explain_write_errors, sha256_of, swap_directory, write_json
+from kronfold.base.files import check_output, explain_write_errors, sha256_of_source, swap_directory, write_json
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
 from kronfold.evaluate.perplexity import PROTOCOLS
@@ -169,10 +169,8 @@ def _fingerprint(options: RunOptions, recipe: Recipe, blocks: TokenBlocks) -> di
     fields = {key: value for key, value in asdict(options).items() if key not in free}
     fields["dtype"] = str(options.dtype)
     fields["controls"] = sorted(options.controls)
-    for name, source in (("model_sha256", options.model), ("eval_sha256", options.eval_text)):
-        path = Path(source)
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        fields[name] = sha256_of(*(file for file in files if file.is_file()))  # of nothing for a hub id
+    fields["model_sha256"] = sha256_of_source(options.model)
+    fields["eval_sha256"] = sha256_of_source(options.eval_text)
     return {**fields, "recipe": recipe.model_dump(mode="json"), "train_sha256": blocks.sha256}
 
 

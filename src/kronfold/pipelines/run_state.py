@@ -110,11 +110,13 @@ class Run:
             return student, self.fit(student, stage.rows)
         auto, options = self.recipe.auto, self.options
         assert auto is not None  # only recipes that plan say how far a stage reaches
-        student = to_dense(student)
-        found = calibrate_on(
-            student, self.tokenizer, options.calibration or [options.train_text], auto,
-            seed=options.seed, cache=options.cache, progress=self.report,
-        )  # fmt: skip
+        found = self.calibration
+        if str(source) != options.model or found is None:  # the first stage meets the model that was calibrated
+            student = to_dense(student)
+            found = calibrate_on(
+                student, self.tokenizer, options.calibration or [options.train_text], auto,
+                seed=options.seed, cache=options.cache, progress=self.report,
+            )  # fmt: skip
         target = options.budget or Budget("params", ratio=auto.target_ratio)
         budget = target.on_the_way(cost(self.teacher), stage.reach)
         plan = plan_auto(student, found, self.recipe, budget, progress=self.report)
