@@ -15,6 +15,20 @@ import pico
 torch.set_num_threads(1)  # pico models: a second thread only waits
 
 
+@pytest.fixture
+def call(capsys):
+    """Run a command; returns (exit code, stdout, stderr)."""
+    from kronfold.cli.main import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def teacher():
     """A pico GPT-2; do not change it."""

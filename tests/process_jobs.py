@@ -15,28 +15,13 @@ from kronfold.distill import ObjectiveConfig
 from kronfold.evaluate.lambada import lambada
 from kronfold.evaluate.perplexity import perplexity
 from kronfold.train import heal
-from train_examples import Blocks, gpt2, llama
+from train_examples import Blocks, KillAfter, gpt2, llama
 
 TEXTS = [pico.TEXT * 7, pico.TEXT * 12, pico.TEXT * 3]
 PASSAGES = [" ".join(pico.TEXT.split()[start : start + 9]) for start in range(11)]
 WIDER = ObjectiveConfig(kl=1, ce=0.5, method="intermediate", options={"hidden": 1.0})
 NO_LOGITS = ObjectiveConfig(kl=0, ce=0, method="intermediate", options={"embedding": 1.0})
 MATE = ObjectiveConfig(method="mate", options={"generator_layers": 1, "masked": 0.3, "every": 1})
-
-
-class Stop(Exception):
-    pass
-
-
-class KillAfter(TrainerCallback):
-    """A run that dies in the middle of a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise Stop
 
 
 class Keep(TrainerCallback):

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import pico
 from kronfold import __version__
-from kronfold.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +27,6 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(pico.TEXT * 60)
     return path
-
-
-@pytest.fixture
-def call(capsys):
-    """Run a command; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return stopped.value.code, captured.out, captured.err
-
-    return run
 
 
 def test_the_package_runs_as_the_command():

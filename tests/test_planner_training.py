@@ -10,7 +10,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import pico
 from kronfold.base.errors import InputError
-from kronfold.cli.main import main
 from kronfold.planner import planning
 from kronfold.planner.training import TrainingJob, TrainingShape, training_cost, training_of
 
@@ -106,15 +105,11 @@ def test_faults():
         TrainingJob(tokens=1, precision="int8")
 
 
-def test_command(capsys):
+def test_command(call):
     arguments = ["plan", "config:gpt2", "-r", "tqcompressor", "--train", "--processes", "8", "--micro-batch", "1"]
-    with pytest.raises(SystemExit):
-        main([*arguments, "--json"])
-    training = json.loads(capsys.readouterr().out)["training"]
+    training = json.loads(call(*arguments, "--json")[1])["training"]
     assert training["memory_per_device"] == sum(training["memory"].values())
     assert training["processes"] == 8
-    with pytest.raises(SystemExit):
-        main(arguments)
-    shown = capsys.readouterr().out
+    shown = call(*arguments)[1]
     assert "the teacher" in shown
     assert f"{training['steps']:,} steps" in " ".join(shown.split())
