@@ -91,9 +91,10 @@ def table(title: str, figures: Sequence[Mapping[str, Any]]) -> Table:
 
 def finish(name: str, options: argparse.Namespace, figures: Sequence[Mapping[str, Any]], **content: Any) -> None:
     """Print the table and write the file."""
-    Console().print(table(name, figures))
+    console = Console(width=120)
+    console.print(table(name, figures))
     if options.quick:
-        Console().print("--quick: these figures mean nothing, they show that the script runs.")
+        console.print("--quick: these figures mean nothing, they show that the script runs.")
     if not options.output:
         return
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"

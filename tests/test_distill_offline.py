@@ -224,6 +224,10 @@ def test_what_cannot_be_stored_is_refused(tmp_path):
     with pytest.raises(InputError, match="blocks of 40 tokens are longer than the 32 positions of the teacher"):
         store_teacher(gpt2(1), Blocks(length=40), tmp_path / "t", top_k=8)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "t.partial" / "checkpoint-2").mkdir(parents=True)  # of another job altogether
+    with pytest.raises(CheckpointError, match="t.partial holds no offline teacher"):
+        store_teacher(gpt2(1), Blocks(), tmp_path / "t", top_k=8, resume=True)
+    assert [path.name for path in (tmp_path / "t.partial").iterdir()] == ["checkpoint-2"]
 
 
 def test_damaged_files_are_named(tmp_path):

@@ -136,6 +136,7 @@ def _accumulate(
         for tensor, accumulator, gradient in zip(wanted, accumulators, gradients, strict=True):
             if gradient is not None:
                 (accumulator[rows] if tensor is hidden else accumulator).add_(gradient)
+        del logits, logit_gradient, gradients, gradient  # or they would live beside those of the next chunk
     if sums is None:
         sums = hidden.new_zeros(len(run.weights), dtype=_at_least_float32(hidden.dtype))
     # Not a dot product: autocast would take that in bfloat16.

@@ -119,9 +119,9 @@ def _planned(
 
 def _begin(work: Path, manifest: Manifest) -> None:
     """Note what the job is of, or compare with what was noted. Raises CheckpointError when it was another."""
-    for torn in work.glob(".*.tmp"):  # of a job killed while it wrote
+    for torn in (*work.glob(".*.npy.*.tmp"), *work.glob(f".{MANIFEST}.*")):  # of a job killed while it wrote
         torn.unlink()
-    if (work / MANIFEST).exists():
+    if any(work.iterdir()):
         differing = Manifest.read(work).differences(manifest)
         if differing:
             raise CheckpointError(
