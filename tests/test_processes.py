@@ -58,7 +58,7 @@ def alone():
     return {name: jobs.healed(job, 1) for name, job in jobs.healings().items()}
 
 
-@pytest.mark.parametrize("name", ["kd", "accumulated", "wider", "no logits", "mate"])
+@pytest.mark.parametrize("name", ["kd", "accumulated", "offline", "wider", "no logits", "mate"])
 def test_two_processes_heal_as_one(together, alone, name):
     place, facts = together
     (one, weights, companions), two = alone[name], facts["healed"][name]

@@ -27,6 +27,8 @@ _PUBLIC = {
     "LowRankSpec": "kronfold.base.specs",
     "perplexity": "kronfold.evaluate.perplexity",
     "to_dense": "kronfold.export.dense",
+    "store_teacher": "kronfold.train.store_teacher",
+    "StoredTeacher": "kronfold.distill.stored",
 }
 __all__ = ["__version__", *sorted(_PUBLIC)]
 

@@ -49,6 +49,16 @@ def check_output(path: str | Path, overwrite: bool = False, allow_existing: bool
     return path
 
 
+def work_directory(output: str | Path, resume: bool, overwrite: bool) -> Path:
+    """`<output>.partial`, emptied unless the job there is to be resumed. Raises OutputError when one lies there."""
+    work = Path(output).with_name(Path(output).name + ".partial")
+    if work.is_dir() and any(work.iterdir()) and not resume:
+        if not overwrite:
+            raise OutputError(f"An unfinished job lies in {work}. Continue it with --resume, or pass --overwrite.")
+        shutil.rmtree(work)
+    return work
+
+
 @contextlib.contextmanager
 def explain_write_errors(path: str | Path) -> Iterator[None]:
     """Turn what goes wrong while writing `path` into an OutputError.

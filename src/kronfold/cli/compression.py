@@ -223,6 +223,14 @@ def heal(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate (AdamW, cosine).")] = 5e-4,
     batch_size: Annotated[int, typer.Option(help="Windows per step, over all processes.")] = 16,
     micro_batch: t.MicroBatch = None,
+    offline_teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="What `kronfold teach` stored of TEACHER on this text; the teacher is then not run.",
+            show_default=False,
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="Temperature of the KL term.")] = 1.0,
     ce: Annotated[float, typer.Option(help="Weight of the cross entropy with the text.")] = 0.1,
     kl: Annotated[float, typer.Option(help="Weight of the divergence from the teacher.")] = 1.0,
@@ -266,8 +274,8 @@ def heal(
     with t.progress_bar() as report:
         document = heal_to(
             model, t.resolve_model(teacher), train_text, output, recipe, eval_text=eval_text, protocol=protocol,
-            seed=seed, device=device, dtype=dtype, micro_batch=micro_batch, resume=resume, overwrite=overwrite,
-            report=report,
+            seed=seed, device=device, dtype=dtype, micro_batch=micro_batch, offline_teacher=offline_teacher,
+            resume=resume, overwrite=overwrite, report=report,
         )  # fmt: skip
     t.emit(document, json, _saved(document, output))
 

@@ -16,6 +16,8 @@ from kronfold.distill import Moment, Objective, ObjectiveConfig, Signals, check_
 from kronfold.distill.divergence import Pair
 from kronfold.distill.losses import LOSSES
 from kronfold.distill.objective import Extra
+from kronfold.distill.stored import StoredTeacher
+from kronfold.distill.top_k import TopK
 from kronfold.train import companion
 from kronfold.train.passes import observed
 
@@ -35,7 +37,8 @@ class DistillationTrainer(Trainer):
 
     Args:
         model: the student. Called with `logits_to_keep=1`; its forward hooks and any DDP wrapper run as usual.
-        teacher: may be None when the objective needs none (the dense fine-tuning control: weight of `kl` 0).
+        teacher: may be None when the objective needs none (the dense fine-tuning control: weight of `kl` 0). Of an
+            offline teacher the rows are expected in the items of the dataset, as `StoredTeacher.beside` gives them.
         objective: method, weights, temperature and chunk size.
         train_dataset: items of `input_ids` and `labels`, in the order wanted: it is read from first to last.
 
@@ -47,15 +50,17 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel,
-        teacher: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | StoredTeacher | None = None,
         objective: ObjectiveConfig | None = None,
         *,
         args: TrainingArguments,
         **options: Any,
     ) -> None:
         self.objective: Objective = Objective(objective)
-        teacher = teacher if self.objective.config.needs_teacher else None
         check_objective(self.objective, model, teacher, args.seed)
+        if isinstance(teacher, StoredTeacher):
+            teacher, args.remove_unused_columns = None, False  # its rows are columns that no model asks for
+        teacher = teacher if self.objective.config.needs_teacher else None
         self.classifies = is_classifier(model)
         for one in () if self.classifies else (model, *([teacher] if teacher is not None else [])):
             check_head(one)
@@ -125,7 +130,7 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, features: dict[str, Any], labels: Tensor, items: Tensor | int | None
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """(loss, named losses, nothing) of blocks of text."""
-        teacher_hidden, teacher_signals = None, Signals()
+        teacher_hidden, teacher_signals, top = None, Signals(), TopK.taken_from(features)
         if self.teacher is not None:
             run = self.teacher.base_model  # its head is left to the objective
             out, teacher_signals = self._watch_teacher(lambda **more: run(**features, use_cache=False, **more))
@@ -137,6 +142,7 @@ class DistillationTrainer(Trainer):
         loss, named = self.objective(
             out.hidden_states[-1], head, teacher_hidden, self.teacher_head, labels, items,
             moment=self._moment, signals=(signals, teacher_signals), extra=self._extra(model, head, features),
+            teacher_top=top,
         )  # fmt: skip
         return self._through_all(loss, out), named, {}
 
@@ -232,10 +238,20 @@ class DistillationTrainer(Trainer):
 
 
 def check_objective(
-    objective: Objective, student: PreTrainedModel, teacher: PreTrainedModel | None, seed: int, block: int | None = None
+    objective: Objective,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | StoredTeacher | None,
+    seed: int,
+    block: int | None = None,
 ) -> None:
     """Everything that can be wrong between an objective and a pair, and `objective.bind`. Raises InputError."""
     config = objective.config
+    if isinstance(teacher, StoredTeacher):
+        teacher.check_objective(config)
+        teacher.check_student(student)
+        check_pair(student, None, block)
+        objective.bind(student, None, seed)
+        return
     if config.needs_teacher and teacher is None:
         cause = "kl is above 0" if config.weights.get("kl") else f"method {config.method} compares with one"
         way_out = "set kl to 0" if config.weights.get("kl") and config.method == "kd" else "choose method kd with kl 0"
