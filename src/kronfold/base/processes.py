@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
@@ -47,6 +47,8 @@ def start(device: str = "auto") -> None:
     """
     if count() == 1:
         return
+    # Every process reads whole models: a student in shards (FSDP) is split later, and its teacher is not.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     import torch
 
     if not torch.distributed.is_initialized():
@@ -83,6 +85,18 @@ def from_main(value: T) -> T:
     box = [value if is_main() else None]
     torch.distributed.broadcast_object_list(box, src=0, group=_channel())
     return value if is_main() else box[0]  # type: ignore[return-value]
+
+
+def copy_from_main(tensors: Iterable[Any]) -> None:
+    """Fill tensors in the host's memory with the main process's numbers. All must call it, with tensors alike."""
+    if count() == 1:
+        return
+    import torch
+
+    for tensor in tensors:
+        whole = tensor.detach().contiguous()
+        torch.distributed.broadcast(whole, src=0, group=_channel())
+        tensor.data.copy_(whole)
 
 
 def gather(value: T) -> list[T]:

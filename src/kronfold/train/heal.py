@@ -21,8 +21,8 @@ from transformers.trainer_utils import SaveStrategy
 
 from kronfold.base import processes
 from kronfold.base.errors import DataError, InputError
-from kronfold.distill import Objective
-from kronfold.train import checkpoints
+from kronfold.distill import Method, Objective
+from kronfold.train import checkpoints, sharded
 from kronfold.train.activations import fused_gelu
 from kronfold.train.config import HealConfig
 from kronfold.train.order import ShuffledStream
@@ -101,11 +101,12 @@ def heal(
         OutputError, CheckpointError: output_dir is taken or cannot be written, or is of another run.
     """
     config = HealConfig.from_options(**options)
-    _check_launch()
+    objective = Objective(config.objective)
+    _check_launch(objective.method)
     if output_dir is None and (resume or config.save_steps):
         raise InputError("resume and save_steps need checkpoints; say where with output_dir.")
     block, fingerprint = _inspect(data)
-    check_objective(Objective(config.objective), student, teacher, config.seed, block)
+    check_objective(objective, student, teacher, config.seed, block)
     with contextlib.ExitStack() as stack:
         place = Path(output_dir) if output_dir else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         args = _arguments(config, student, place, device)
@@ -158,17 +159,16 @@ def _train(
         return trainer.state, time.perf_counter() - start
 
 
-def _check_launch() -> None:
-    """Raises InputError where accelerate was told to split the student itself over the processes.
-
-    Its parameters would then be shards after the training, in which nothing here could measure or save it.
-    """
-    for name, what in (("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
+def _check_launch(method: Method) -> None:
+    """Raises InputError where accelerate was told to split the student in a way that healing cannot follow."""
+    if sharded.asked():
+        sharded.check(method)
+    for name, what in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
             raise InputError(
-                f"Healing under {what} is not supported: each process needs the whole student. Start it with DDP "
-                "(torchrun, or accelerate launch with `distributed_type: MULTI_GPU`), with a smaller --micro-batch "
-                "where memory is short."
+                f"Healing under {what} is not supported. Start it with DDP (torchrun, or accelerate launch with "
+                "`distributed_type: MULTI_GPU`) or, where memory is short, with FSDP2 (`distributed_type: FSDP`, "
+                "`fsdp_version: 2`)."
             )
 
 
