@@ -27,7 +27,23 @@ _LAST_WORDS = 60.0  # seconds, at most, for the process that speaks for all; its
 
 def count() -> int:
     """How many processes the launcher started; 1 without one."""
+    _read_mpi()
     return max(1, int(os.environ.get("WORLD_SIZE", "1"))) if "RANK" in os.environ else 1
+
+
+_MPI = ("OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_")  # Open MPI; MPICH and Intel MPI; MVAPICH
+
+
+def _read_mpi() -> None:
+    """`accelerate launch --cpu --mpirun_hostfile` leaves it to MPI to number the processes; say it as torchrun does."""
+    if "RANK" in os.environ or os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1"):
+        return
+    for prefix in _MPI:
+        if f"{prefix}SIZE" in os.environ:
+            rank = os.environ[f"{prefix}RANK"]
+            os.environ.update(RANK=rank, WORLD_SIZE=os.environ[f"{prefix}SIZE"])
+            os.environ.setdefault("LOCAL_RANK", os.environ.get(f"{prefix}LOCAL_RANK", rank))
+            return
 
 
 def index() -> int:

@@ -7,8 +7,10 @@ split twin for every checkpoint and at the end, so it is saved and measured as e
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,14 @@ def keep_head_whole(model: PreTrainedModel) -> None:
             module.set_reshard_after_forward(False, recurse=False)
 
 
+@contextlib.contextmanager
+def views_allowed() -> Iterator[None]:
+    """Without FSDP2's warning of outputs that are views: it fears changes in place, and no model family makes any."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*returned a view tensor")
+        yield
+
+
 class Bare(nn.Module):
     """A head without its hooks: applied to a chunk, FSDP2 would take it for a whole forward pass and split it again."""
 
@@ -126,7 +136,7 @@ def scatter(whole: nn.Module, model: nn.Module) -> None:
 
 
 def read_weights(checkpoint: str | Path, whole: PreTrainedModel) -> None:
-    """The weights of a checkpoint, into a whole model. Raises CheckpointError when they are not those of such a model."""
+    """Fill a whole model with the weights of a checkpoint. Raises CheckpointError when they are of another model."""
     files = WeightFiles(Path(checkpoint), whole)
     state = whole.state_dict()
     with torch.no_grad():

@@ -109,7 +109,8 @@ class DistillationTrainer(Trainer):
         if self.whole is None:
             return super().train(*args, **options)
         try:
-            found = super().train(*args, **options)
+            with sharded.views_allowed():
+                found = super().train(*args, **options)
             sharded.gather(self.model, self.whole)
         finally:
             nn.Module.to(self.whole, self.args.device)
