@@ -114,9 +114,11 @@ def main(place: Path) -> None:
         facts[name] = trained(job)
     facts["resumed"] = trained(resumable(), output_dir=place / "of-one", resume=True, save_steps=2)
     jobs.refusal(lambda: trained(resumable(), output_dir=place / "of-two", save_steps=2, callbacks=[jobs.KillAfter(5)]))
+    job = healings()["tied"]
+    refused = jobs.refusal(lambda: trained({**job, "teacher": gpt2(1 + processes.index())}))
     if processes.is_main():
+        (place / "refused").write_text(json.dumps(refused))
         torch.save(facts, place / "facts.pt")
-        (place / "done").write_text(json.dumps(sorted(facts)))
     processes.stop()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -110,6 +112,13 @@ def test_what_shards_cannot_do_is_said_before_training(monkeypatch, setting, job
     with pytest.raises(InputError, match=words):
         jobs.healed({**jobs.healings()[job], "student": student}, 1)
     assert all(torch.equal(p, b) for p, b in zip(student.parameters(), before, strict=True))
+
+
+def test_teachers_that_differ_are_noticed(together):
+    kind, words = json.loads((together[0] / "refused").read_text())
+    assert kind == "InputError"
+    assert "different teachers" in words
+    assert "fsdp_cpu_ram_efficient_loading: false" in words
 
 
 def test_shards_need_a_launcher_and_a_configuration(monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -56,6 +57,22 @@ def check(method: Method) -> None:
 
 def _on(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1")
+
+
+def check_teacher(teacher: PreTrainedModel) -> None:
+    """Raises InputError when the processes hold different teachers; each compares a few numbers of every tensor.
+
+    With `fsdp_cpu_ram_efficient_loading`, accelerate launch's default, `from_pretrained` reads weights in the main
+    process alone once the processes have met, and leaves the others with whatever is in memory. kronfold's commands
+    switch that off.
+    """
+    heads = [p.detach().flatten()[:8].cpu() for p in teacher.parameters()]
+    numbers = b"".join(head.contiguous().view(torch.uint8).numpy().tobytes() for head in heads)
+    if len(set(processes.gather(hashlib.sha256(numbers).hexdigest()))) > 1:
+        raise InputError(
+            "The processes hold different teachers. Set `fsdp_cpu_ram_efficient_loading: false` in accelerate's "
+            "configuration, so that each reads its own, or load the same checkpoint in all."
+        )
 
 
 def twin(student: PreTrainedModel) -> PreTrainedModel:
@@ -150,10 +167,12 @@ def save_state(optimizer: Any, scheduler: Any, directory: str | None) -> None:
     All processes must call it.
     """
     found = optimizer.state_dict()
-    state = {
-        index: {name: _whole(value).cpu() if isinstance(value, Tensor) else value for name, value in entry.items()}
-        for index, entry in found["state"].items()
-    }
+    state: dict[int, dict[str, Any]] = {}
+    for index, entry in found["state"].items():
+        for name, value in entry.items():
+            whole = _whole(value).cpu() if isinstance(value, Tensor) else value
+            if directory is not None:  # the others gather with it, and keep nothing
+                state.setdefault(index, {})[name] = whole
     if directory is not None:
         torch.save({**found, "state": state}, Path(directory) / OPTIMIZER_NAME)
         torch.save(scheduler.state_dict(), Path(directory) / SCHEDULER_NAME)

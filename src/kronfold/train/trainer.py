@@ -64,6 +64,8 @@ class DistillationTrainer(Trainer):
             check_head(one)
         self.whole: PreTrainedModel | None = None
         if sharded.asked():
+            if teacher is not None:
+                sharded.check_teacher(teacher)
             self.whole, model = model, sharded.twin(model)
         if args.n_gpu > 1:
             args._n_gpu = 1  # several GPUs are for torchrun; nn.DataParallel would copy the student each step
