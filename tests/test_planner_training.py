@@ -24,6 +24,7 @@ def test_hand_numbers_on_one_device():
         "gradients": 325_345_552,
         "optimiser": 650_691_104,
         "buckets": 0,
+        "gathered": 0,
         "copies": 0,
         "teacher": 497_759_232,
         # per token and block 8 x 768 + 5 x 3072 = 21,504 numbers
@@ -48,6 +49,10 @@ def test_hand_numbers_on_many_devices():
     sharded = training_cost(1_000, 0, GPT2, TrainingJob(**spread, sharded=True))["memory"]
     assert (sharded["weights"], sharded["optimiser"], sharded["buckets"]) == (63, 125, 0)  # 62.5 rounded up, 125
     assert sharded["teacher"] == 0
+    assert (memory["gathered"], sharded["gathered"]) == (0, 8_000)  # all of so small a student counts as embedding
+    embedding = 50_257 * 768
+    whole = training_cost(embedding + 12 * 70, 0, GPT2, TrainingJob(**spread, sharded=True))["memory"]
+    assert whole["gathered"] == 8 * (embedding + 140)  # two of the twelve blocks
     assert sharded["logits"] == memory["logits"] * 2 // 3
 
 

@@ -195,6 +195,19 @@ def test_one_process_is_a_plain_call(monkeypatch):
     assert processes.speaks_for_all()
 
 
+@pytest.mark.parametrize("prefix", ["OMPI_COMM_WORLD_", "PMI_"])
+def test_processes_that_mpi_numbers(monkeypatch, prefix):
+    """As `accelerate launch --cpu --mpirun_hostfile` starts them."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")  # so that what is set below is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(f"{prefix}RANK", "1")
+    monkeypatch.setenv(f"{prefix}SIZE", "2")
+    assert processes.count() == 1  # a scheduler may set these for any program
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert (processes.count(), processes.index(), processes.is_main()) == (2, 1, False)
+
+
 def test_batches_are_shared_equally(monkeypatch):
     assert split_batch(16, None) == (16, 1)
     assert split_batch(16, 4) == (4, 4)
@@ -211,10 +224,10 @@ def test_batches_are_shared_equally(monkeypatch):
         split_batch(16, None)
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_a_student_in_shards_is_refused(monkeypatch, name):
+@pytest.mark.parametrize("name", ["MEGATRON_LM", "DEEPSPEED"])
+def test_other_ways_to_split_a_student_are_refused(monkeypatch, name):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(InputError, match="whole student.*DDP"):
+    with pytest.raises(InputError, match="not supported.*DDP.*FSDP2"):
         jobs.healed(jobs.healings()["kd"], 1)
 
 

@@ -21,9 +21,9 @@ from transformers.trainer_utils import SaveStrategy
 
 from kronfold.base import processes
 from kronfold.base.errors import DataError, InputError
-from kronfold.distill import Objective
+from kronfold.distill import Method, Objective
 from kronfold.distill.stored import StoredTeacher
-from kronfold.train import checkpoints
+from kronfold.train import checkpoints, sharded
 from kronfold.train.activations import fused_gelu
 from kronfold.train.config import HealConfig
 from kronfold.train.order import ShuffledStream
@@ -104,11 +104,12 @@ def heal(
         OutputError, CheckpointError: output_dir is taken or cannot be written, or is of another run.
     """
     config = HealConfig.from_options(**options)
-    _check_launch()
+    objective = Objective(config.objective)
+    _check_launch(objective.method)
     if output_dir is None and (resume or config.save_steps):
         raise InputError("resume and save_steps need checkpoints; say where with output_dir.")
     block, fingerprint = inspect_blocks(data)
-    check_objective(Objective(config.objective), student, teacher, config.seed, block)
+    check_objective(objective, student, teacher, config.seed, block)
     if isinstance(teacher, StoredTeacher):
         data = teacher.beside(data)
         fingerprint["offline_teacher"] = teacher.manifest.to_dict() | {"about": None}
@@ -165,17 +166,16 @@ def _train(
         return trainer.state, time.perf_counter() - start
 
 
-def _check_launch() -> None:
-    """Raises InputError where accelerate was told to split the student itself over the processes.
-
-    Its parameters would then be shards after the training, in which nothing here could measure or save it.
-    """
-    for name, what in (("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
+def _check_launch(method: Method) -> None:
+    """Raises InputError where accelerate was told to split the student in a way that healing cannot follow."""
+    if sharded.asked():
+        sharded.check(method)
+    for name, what in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
             raise InputError(
-                f"Healing under {what} is not supported: each process needs the whole student. Start it with DDP "
-                "(torchrun, or accelerate launch with `distributed_type: MULTI_GPU`), with a smaller --micro-batch "
-                "where memory is short."
+                f"Healing under {what} is not supported. Start it with DDP (torchrun, or accelerate launch with "
+                "`distributed_type: MULTI_GPU`) or, where memory is short, with FSDP2 (`distributed_type: FSDP`, "
+                "`fsdp_version: 2`)."
             )
 
 
