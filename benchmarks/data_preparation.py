@@ -28,7 +28,8 @@ from kronfold.assets import teacher_path
 from kronfold.base.files import check_output, write_json
 from kronfold.base.results import document
 from kronfold.data.clean import clean
-from kronfold.data.packing import encode_documents, pack
+from kronfold.data.encode import encode_documents
+from kronfold.data.packing import pack
 from kronfold.data.sources import documents
 from kronfold.models.load import load_tokenizer
 
