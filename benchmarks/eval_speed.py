@@ -10,8 +10,8 @@ protocols and several batch sizes the same windows are run in turn, A B A B, aft
 - perplexity: `kf.perplexity` on the text as a string. Tokenising comes from the token cache (it was filled before);
   its seconds are part of the measured time.
 
-The rate is tokens that enter the model per second; sliding windows overlap, so they count twice on both sides. The bar is
-0.95 of the bare rate. Tokenising is timed by itself: without the cache, when the cache is filled, and from the cache.
+The rate is tokens that enter the model per second; sliding windows overlap, so they count twice on both sides. The bar
+is 0.95 of the bare rate. Tokenising is timed by itself: without the cache, when the cache is filled, and from it.
 Seconds are medians of wall time; processor seconds stand beside them for a machine that does other work.
 """
 
@@ -136,6 +136,7 @@ def compare(model: Any, tokenizer: Any, text: str, protocol: str, size: int, rou
 
 def tokenising(tokenizer: Any, text: str, rounds: int) -> dict[str, Any]:
     """Seconds to turn the text into ids: no cache, an empty one, a filled one; and one plain call of the tokenizer."""
+
     def stream() -> None:
         for _ in token_stream([text], tokenizer):
             pass
@@ -161,7 +162,7 @@ def tokenising(tokenizer: Any, text: str, rounds: int) -> dict[str, Any]:
 
 def tables(rows: list[dict[str, Any]], tokens: dict[str, Any]) -> list[Table]:
     shown = Table(title=f"kf.perplexity against the bare forward (bar: {BAR} of its rate)")
-    for name in ("protocol", "batch", "windows", "bare tokens/s", "perplexity tokens/s", "rate", "to bar", "by cpu time"):
+    for name in ("protocol", "batch", "windows", "bare tok/s", "perplexity tok/s", "ratio", "to bar", "by processor"):
         shown.add_column(name, justify="left" if name == "protocol" else "right")
     for row in rows:
         shown.add_row(

@@ -238,7 +238,12 @@ def test_entries_of_other_text_tokenizer_or_end_are_not_taken(tokenizer, calls) 
     text = documents()[301]
     list(token_stream([text], tokenizer, 0))
     other = build(pre_tokenizers.ByteLevel(add_prefix_space=False), added=["thewordthe"])
-    for changed in (([text], tokenizer, 1), ([text], tokenizer, None), (["x" + text], tokenizer, 0), ([text], other, 0)):
+    for changed in (
+        ([text], tokenizer, 1),
+        ([text], tokenizer, None),
+        (["x" + text], tokenizer, 0),
+        ([text], other, 0),
+    ):
         calls.clear()
         list(token_stream(*changed))
         assert sum(calls) == sum(map(len, changed[0]))

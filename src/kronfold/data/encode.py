@@ -142,8 +142,8 @@ def _plain_backend(tokenizer: Any) -> Any:
     """The `tokenizers.Tokenizer` that does all the work of `tokenizer`, None when Python code may have a part in it."""
     from transformers import PreTrainedTokenizerFast
 
-    kind = type(tokenizer)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+    kind, usual = type(tokenizer), PreTrainedTokenizerFast
+    if not isinstance(tokenizer, usual):
         return None
-    own = any(getattr(kind, name) is not getattr(PreTrainedTokenizerFast, name) for name in ("__call__", "_encode_plus"))
+    own = any(getattr(kind, name) is not getattr(usual, name) for name in ("__call__", "_encode_plus"))
     return None if own else tokenizer.backend_tokenizer

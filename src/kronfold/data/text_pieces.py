@@ -1,9 +1,9 @@
 """Long texts in pieces that tokenise to exactly what the whole text does, so that several cores can share one text.
 
 A piece ends after an ASCII letter and before a space. There no word that a tokenizer of the kinds listed here looks at
-goes on: each of them starts a new word at that space, by its own rule, whatever follows and whatever came before. So the
-words of the pieces are the words of the text, and a model sees nothing but words. A tokenizer with any part that is not
-listed gets its texts whole.
+goes on: each of them starts a new word at that space, by its own rule, whatever follows and whatever came before. So
+the words of the pieces are the words of the text, and a model sees nothing but words. A tokenizer with any part that is
+not listed gets its texts whole.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 PIECE = 1 << 16  # characters of a piece, at least
 _PLACE = re.compile("[A-Za-z](?= )")
 
-# Patterns of Split. In none of them does an alternative go from a letter on to a space, and a match that ends in a letter
-# does not depend on what follows: the only lookahead stands behind white space.
+# Patterns of Split. In none of them does an alternative go from a letter on to a space, and a match that ends in a
+# letter does not depend on what follows: the only lookahead stands behind white space.
 _WORDS_LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -1,10 +1,10 @@
 """Token ids kept on disk by content: the same text under the same tokenizer is tokenised once per machine.
 
-An entry is a .npy file (1-D, uint16 or uint32) with the SHA-256 of its numbers behind them, named by the hash of what it
-was made from, in `$KRONFOLD_CACHE/tokens` (`~/.cache/kronfold/tokens`). It is written under another name first, so
+An entry is a .npy file (1-D, uint16 or uint32) with the SHA-256 of its numbers behind them, named by the hash of what
+it was made from, in `$KRONFOLD_CACHE/tokens` (`~/.cache/kronfold/tokens`). It is written under another name first, so
 several processes may share the place, and what does not match its own hash is made anew. Deleting the directory is
-always safe. `$KRONFOLD_TOKEN_CACHE_GB` bounds it (8 by default; the entries unused for longest go first); 0 switches it
-off.
+always safe. `$KRONFOLD_TOKEN_CACHE_GB` bounds it (8 by default; the entries unused for longest go first); 0 switches
+it off.
 """
 
 from __future__ import annotations
