@@ -235,7 +235,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         "wall s",
         "processor s",
         "whole model s",
-        "peak resident GB",
+        "peak GB",
         "over the import GB",
     ):
         shown.add_column(name, justify="left" if name in ("size", "job") else "right")

@@ -13,11 +13,12 @@ import numpy as np
 
 from kronfold.base.errors import KronfoldError
 from kronfold.base.files import sha256_of_source
-from kronfold.data.text_pieces import PIECE, may_be_split, pieces
+from kronfold.data.text_pieces import may_be_split, pieces
 from kronfold.data.token_cache import TokenCache, token_cache
 
 _FIRST = 1 << 12  # characters of the first batch; each is twice the one before, so little is read in vain
 _MOST = 1 << 22  # until this
+PIECE = 1 << 16  # characters, from which a text is cut
 WORTH_KEEPING = 1 << 16  # characters, from which looking a batch up takes less time than tokenising it
 
 Piece = tuple[str, bool]  # a text or a part of it, and whether its document ends with it
@@ -96,7 +97,7 @@ class Encoder:
                 yield text, True
                 continue
             last = None
-            for part in pieces(text):
+            for part in pieces(text, PIECE):
                 if last is not None:
                     yield last, False
                 last = part

@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-PIECE = 1 << 16  # characters of a piece, at least
 _PLACE = re.compile("[A-Za-z](?= )")
 
 # Patterns of Split. In none of them does an alternative go from a letter on to a space, and a match that ends in a
@@ -32,7 +31,7 @@ _PATTERNS = {
 _NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}  # a space composes with nothing before it
 
 
-def pieces(text: str, least: int = PIECE) -> Iterator[str]:
+def pieces(text: str, least: int) -> Iterator[str]:
     """`text` in order, in pieces of at least `least` characters where places for that are found."""
     start = 0
     while len(text) - start > least and (found := _PLACE.search(text, start + least - 1)):

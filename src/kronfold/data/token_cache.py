@@ -54,7 +54,7 @@ class TokenCache:
             with path.open("rb") as file:
                 file.seek(-_DIGEST, os.SEEK_END)
                 digest = file.read()
-            if ids.ndim != 1 or ids.dtype != dtype or hashlib.sha256(ids).digest() != digest:
+            if ids.ndim != 1 or ids.dtype != dtype or hashlib.sha256(ids.data).digest() != digest:
                 return None
             os.utime(path)  # used now; the oldest go first
         except (OSError, ValueError, EOFError):
@@ -69,7 +69,7 @@ class TokenCache:
             handle, scratch = tempfile.mkstemp(suffix=".part", dir=self.place)
             with os.fdopen(handle, "wb") as file:
                 np.save(file, ids, allow_pickle=False)
-                file.write(hashlib.sha256(ids).digest())
+                file.write(hashlib.sha256(ids.data).digest())
             os.replace(scratch, self._path(key))
         except OSError:
             if scratch:
