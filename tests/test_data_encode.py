@@ -96,6 +96,7 @@ def cache_place(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(encode, "_FIRST", 1 << 9)
     monkeypatch.setattr(encode, "_MOST", 1 << 14)
     monkeypatch.setattr(encode, "WORTH_KEEPING", 1 << 11)
+    monkeypatch.delenv(LIMIT, raising=False)
     monkeypatch.setenv("KRONFOLD_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "tokens"
 

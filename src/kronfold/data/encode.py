@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from kronfold.base.errors import KronfoldError
 from kronfold.base.files import sha256_of_source
 from kronfold.data.text_pieces import may_be_split, pieces
 from kronfold.data.token_cache import TokenCache, token_cache
@@ -132,8 +131,6 @@ class Encoder:
 
                 self.tokenizer("", add_special_tokens=False)
                 content = f"{tokenizers.__version__} {self.backend.encode_special_tokens} {self.backend.to_str()}"
-        except KronfoldError:
-            raise
         except Exception:  # not every tokenizer can be written down
             return ""
         return hashlib.sha256(f"{name} {content}".encode()).hexdigest()
