@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kronfold.base.cache import cache_directory as cache_directory  # where the commands look for it
 from kronfold.base.errors import CheckpointError
 from kronfold.models.calibrate import calibrate, fingerprint, tokens_fingerprint
 from kronfold.models.statistics import FORMAT_VERSION, Statistics
@@ -56,11 +56,6 @@ class Calibration:
             "gradient_tokens": self.statistics.gradient_tokens,
             **self.statistics.about,
         }
-
-
-def cache_directory() -> Path:
-    """`$KRONFOLD_CACHE`, else `~/.cache/kronfold`."""
-    return Path(os.environ.get("KRONFOLD_CACHE") or Path.home() / ".cache" / "kronfold")
 
 
 def calibrated(
