@@ -19,7 +19,7 @@ from kronfold.base import processes
 from kronfold.base.errors import InputError
 from kronfold.pipelines.progressive import RunOptions, run
 from kronfold.pipelines.together import split_batch
-from train_examples import gpt2
+from train_examples import KillAfter, Stop, gpt2
 
 TESTS = Path(__file__).parent
 
@@ -45,8 +45,8 @@ def launch(*arguments, check: bool = True) -> subprocess.CompletedProcess:
 def together(tmp_path_factory):
     """(directory, facts) of process_jobs by two processes; before that, one process healed half of a run."""
     place = tmp_path_factory.mktemp("together")
-    with pytest.raises(jobs.Stop):
-        half = {"output_dir": place / "of-one", "save_steps": 2, "callbacks": [jobs.KillAfter(5)]}
+    with pytest.raises(Stop):
+        half = {"output_dir": place / "of-one", "save_steps": 2, "callbacks": [KillAfter(5)]}
         jobs.healed(jobs.healings()["kd"], 1, **half)
     done = launch(TESTS / "process_jobs.py", place)
     assert done.stdout == ""

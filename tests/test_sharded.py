@@ -14,7 +14,7 @@ import sharded_jobs
 from kronfold.base.errors import CheckpointError, InputError
 from kronfold.train import sharded
 from test_processes import TESTS, launch
-from train_examples import gpt2
+from train_examples import KillAfter, Stop, gpt2
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **sharded_jobs.WRAPPED}
 
@@ -23,8 +23,8 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **sharded_jobs.WRAPP
 def together(tmp_path_factory):
     """(directory, facts) of sharded_jobs by two processes; before that, one process healed half of a run."""
     place = tmp_path_factory.mktemp("sharded")
-    with pytest.raises(jobs.Stop):
-        half = {"output_dir": place / "of-one", "save_steps": 2, "callbacks": [jobs.KillAfter(5)]}
+    with pytest.raises(Stop):
+        half = {"output_dir": place / "of-one", "save_steps": 2, "callbacks": [KillAfter(5)]}
         jobs.healed(sharded_jobs.resumable(), 1, **half)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in FSDP.items():
