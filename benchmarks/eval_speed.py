@@ -11,38 +11,34 @@ protocols and several batch sizes the same windows are run in turn, A B A B, aft
 
 The rate is tokens that enter the model per second; sliding windows overlap, so they count twice on both sides. The bar
 is 0.95 of the bare rate. Tokenising is timed by itself: without the cache, when the cache is filled, and from it.
-Seconds are medians of wall time; processor seconds stand beside them for a machine that does other work.
+Seconds are medians of wall time.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
+import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from kronfold.assets import heal_text, teacher_path
+from kronfold.base.cache import cache_directory
 from kronfold.base.errors import KronfoldError
-from kronfold.base.files import check_output, write_json
-from kronfold.base.results import document
 from kronfold.data.encode import token_stream
 from kronfold.data.sources import documents
 from kronfold.data.token_cache import LIMIT
 from kronfold.evaluate.perplexity import PROTOCOLS, perplexity
 from kronfold.models.load import load_model, load_tokenizer, read_dtype
 from kronfold.models.presets import preset_config
+from timing import figure, finish, interleaved, medians, parser, prepare
 
 BAR = 0.95
-Seconds = tuple[float, float]  # wall, processor
 
 
 def random_model(small: bool, seed: int) -> Any:
@@ -54,19 +50,6 @@ def random_model(small: bool, seed: int) -> Any:
         config.n_embd, config.n_layer, config.n_head = 192, 3, 3
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config)
-
-
-def timed(work: Callable[[], Any], device: str) -> Seconds:
-    wall, processor = time.perf_counter(), time.process_time()
-    work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - wall, time.process_time() - processor
-
-
-def medians(taken: list[Seconds]) -> dict[str, float]:
-    wall, processor = (statistics.median(values) for values in zip(*taken, strict=True))
-    return {"wall_seconds": wall, "processor_seconds": processor}
 
 
 def windows_of(protocol: str, tokens: int, context: int) -> list[tuple[int, int]]:
@@ -110,129 +93,78 @@ def compare(model: Any, tokenizer: Any, text: str, protocol: str, size: int, rou
         "bare": lambda: bare(model, ids, windows, size),
         "perplexity": lambda: perplexity(model, tokenizer, text, protocol, batch_size=size),
     }
-    taken: dict[str, list[Seconds]] = {name: [] for name in works}
-    for round_ in range(rounds + 1):
-        for name, work in works.items():
-            seconds = timed(work, device)
-            if round_:
-                taken[name].append(seconds)
-    found = {name: medians(values) for name, values in taken.items()}
-    ratio = {key: found["bare"][key] / found["perplexity"][key] for key in found["bare"]}
+    seconds = medians(interleaved(works, rounds, device))
+    ratio = seconds["bare"] / seconds["perplexity"]
     return {
         "protocol": protocol,
         "batch_size": size,
         "windows": len(windows),
         "tokens_through_the_model": tokens,
-        "bare_tokens_per_second": round(tokens / found["bare"]["wall_seconds"], 1),
-        "perplexity_tokens_per_second": round(tokens / found["perplexity"]["wall_seconds"], 1),
-        "rate_ratio": round(ratio["wall_seconds"], 4),
-        "rate_ratio_by_processor_time": round(ratio["processor_seconds"], 4),
-        "bar": BAR,
-        "ratio_to_bar": round(ratio["wall_seconds"] / BAR, 4),
-        **found,
+        "seconds": seconds,
+        "bare_tokens_per_second": tokens / seconds["bare"],
+        "perplexity_tokens_per_second": tokens / seconds["perplexity"],
+        "rate_ratio": ratio,
     }
 
 
 def tokenising(tokenizer: Any, text: str, rounds: int) -> dict[str, Any]:
-    """Seconds to turn the text into ids: no cache, an empty one, a filled one; and one plain call of the tokenizer."""
+    """Seconds to turn the text into ids: one plain call of the tokenizer; no cache, an empty one, a filled one."""
 
-    def stream() -> None:
+    def stream(limit: str) -> None:
+        os.environ[LIMIT] = limit
         for _ in token_stream([text], tokenizer):
             pass
 
-    taken: dict[str, list[Seconds]] = {"plain_call": [], "no_cache": [], "cold": [], "cached": []}
-    keep, limit = os.environ["KRONFOLD_CACHE"], os.environ.pop(LIMIT, None)
-    for _ in range(rounds):
-        plain = timed(lambda: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], "cpu")
-        taken["plain_call"].append(plain)
-        os.environ[LIMIT] = "0"
-        taken["no_cache"].append(timed(stream, "cpu"))
-        del os.environ[LIMIT]
-        with tempfile.TemporaryDirectory() as place:
-            os.environ["KRONFOLD_CACHE"] = place
-            taken["cold"].append(timed(stream, "cpu"))
-            taken["cached"].append(timed(stream, "cpu"))
-        os.environ["KRONFOLD_CACHE"] = keep
-    if limit is not None:
-        os.environ[LIMIT] = limit
-    rows = {name: {key: round(value, 4) for key, value in medians(values).items()} for name, values in taken.items()}
-    return {"megabytes": round(len(text.encode()) / 1e6, 3), **rows}
+    def cold() -> None:
+        shutil.rmtree(cache_directory() / "tokens", ignore_errors=True)
+        stream("1")
+
+    ways = {
+        "plain call": lambda: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+        "no cache": lambda: stream("0"),
+        "cold": cold,
+        "cached": lambda: stream("1"),
+    }
+    return {"megabytes": len(text.encode()) / 1e6, "seconds": medians(interleaved(ways, rounds))}
 
 
-def tables(rows: list[dict[str, Any]], tokens: dict[str, Any]) -> list[Table]:
-    shown = Table(title=f"kf.perplexity against the bare forward (bar: {BAR} of its rate)")
-    for name in ("protocol", "batch", "windows", "bare tok/s", "perplexity tok/s", "ratio", "to bar", "by processor"):
-        shown.add_column(name, justify="left" if name == "protocol" else "right")
-    for row in rows:
-        shown.add_row(
-            row["protocol"],
-            str(row["batch_size"]),
-            str(row["windows"]),
-            f"{row['bare_tokens_per_second']:,.0f}",
-            f"{row['perplexity_tokens_per_second']:,.0f}",
-            f"{row['rate_ratio']:.3f}",
-            f"{row['ratio_to_bar']:.3f}",
-            f"{row['rate_ratio_by_processor_time']:.3f}",
-        )
-    told = Table(title=f"Tokenising {tokens['megabytes']} MB as one text")
-    for name in ("way", "wall s", "processor s", "MB/s"):
-        told.add_column(name, justify="left" if name == "way" else "right")
-    for name in ("plain_call", "no_cache", "cold", "cached"):
-        seconds = tokens[name]
-        rate = tokens["megabytes"] / max(seconds["wall_seconds"], 1e-9)
-        told.add_row(name, f"{seconds['wall_seconds']:.3f}", f"{seconds['processor_seconds']:.3f}", f"{rate:.1f}")
-    return [shown, told]
+def figures(rows: list[dict[str, Any]], tokens: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the table shows: the rates' ratio of every row, and MB/s of every way to tokenise."""
+    rates = [figure(f"{row['protocol']}, batch {row['batch_size']}: rate", row["rate_ratio"], BAR) for row in rows]
+    ways = tokens["seconds"].items()
+    return rates + [figure(f"tokenise, {way}: MB/s", tokens["megabytes"] / taken) for way, taken in ways]
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    torch.set_num_threads(options.threads)
+def measure(options: argparse.Namespace) -> None:
+    prepare(options)
+    sizes = [1, 2] if options.quick else [int(size) for size in options.batch_sizes.split(",")]
+    rounds = 1 if options.quick else options.rounds or 3
     tokenizer = load_tokenizer(options.model or teacher_path())
     model = load_model(options.model) if options.model else random_model(options.quick, options.seed)
     model = model.eval().to(device=options.device, dtype=read_dtype(options.dtype))
     whole = "\n\n".join(documents(Path(options.text) if options.text else heal_text()))
-    tokens = tokenising(tokenizer, whole, options.rounds)
-    text = whole[: options.characters]
-    rows = [
-        compare(model, tokenizer, text, protocol, size, options.rounds)
-        for protocol in PROTOCOLS
-        for size in options.batch_sizes
-    ]
-    settings = {key: getattr(options, key) for key in ("characters", "rounds", "threads", "device", "dtype")}
+    tokens = tokenising(tokenizer, whole, rounds)
+    text = whole[: 6_000 if options.quick else options.characters]
+    rows = [compare(model, tokenizer, text, protocol, size, rounds) for protocol in PROTOCOLS for size in sizes]
+    settings = {"characters": len(text), "rounds": rounds, "dtype": options.dtype}
     settings["model"] = Path(options.model).name if options.model else "random weights"
-    Console().print(*tables(rows, tokens))
-    return {"settings": settings, "load_average": os.getloadavg(), "rows": rows, "tokenising": tokens}
+    finish("eval_speed", options, figures(rows, tokens), settings=settings, rows=rows, tokenising=tokens)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--model", help="a model directory or hub id; default: GPT-2 small's shapes, random weights")
-    parser.add_argument("--text", help="a text source (.txt, .jsonl, ...); default: the text in the package")
-    parser.add_argument("--characters", type=int, default=13_000, help="of the text, for the rates")
-    parser.add_argument("--batch-sizes", default="1,4")
-    parser.add_argument("--rounds", type=int, default=3, help="after one of warm-up")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and one round: does it run at all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-o", "--output", type=Path, help="write every figure as JSON")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
-    options = parser.parse_args()
-    options.batch_sizes = [int(size) for size in options.batch_sizes.split(",")]
-    if options.quick:
-        options.rounds, options.characters, options.batch_sizes = 1, 6_000, [1, 2]
+    made = parser(__doc__ or "")
+    made.add_argument("--model", help="a model directory or hub id; default: GPT-2 small's shapes, random weights")
+    made.add_argument("--text", help="a text source (.txt, .jsonl, ...); default: the text in the package")
+    made.add_argument("--characters", type=int, default=13_000, help="of the text, for the rates")
+    made.add_argument("--batch-sizes", default="1,4")
+    made.add_argument("--dtype", default="float32")
+    options = made.parse_args()
     try:
-        if options.output:
-            check_output(options.output, options.overwrite)
         with tempfile.TemporaryDirectory() as place:
             os.environ["KRONFOLD_CACHE"] = place  # what lies in the user's own cache must not count
-            found = measure(options)
-        if options.output:
-            write_json(options.output, document("eval-speed", options.seed, **found))
+            measure(options)
     except KronfoldError as error:
-        parser.exit(error.exit_code, f"{error}\n")
+        made.exit(error.exit_code, f"{error}\n")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ from kronfold.pipelines.gathers import absorb_gathers
 from kronfold.planner import planning
 from kronfold.train import bf16_is_fast, heal, store_teacher
 from kronfold.train.heal import left_as_found, without_dropout
-from side_by_side import figure, finish, interleaved, medians, parser, prepare, wait
+from timing import figure, finish, interleaved, medians, parser, prepare, wait
 
 OBJECTIVE = ObjectiveConfig(kl=1.0, ce=0.1)
 LEARNING_RATE = 1e-5

@@ -34,7 +34,7 @@ from kronfold.distill.top_k import TopK, top_k
 from kronfold.nn import FactorizedEmbedding
 from kronfold.train import bf16_is_fast
 from large_models import peak_resident
-from side_by_side import figure, finish, interleaved, medians, parser, prepare
+from timing import figure, finish, interleaved, medians, parser, prepare
 
 KL, CE, TOP_K = 1.0, 0.1, 64
 

@@ -23,7 +23,7 @@ from kronfold.data.sources import documents
 from kronfold.distill.stored import Manifest
 from kronfold.evaluate.bucket_bias import bucket_bias
 from kronfold.models.load import load_model, load_tokenizer
-from side_by_side import parser, prepare
+from timing import parser, prepare
 
 
 def options_of() -> tuple[argparse.ArgumentParser, argparse.Namespace]:

@@ -297,7 +297,7 @@ def test_the_cache_is_bounded_and_the_oldest_go(tmp_path) -> None:
         cache.put(str(number), np.full(400, number, dtype=np.uint16))
         os.utime(tmp_path / f"{number}.npy", (1_000 + number, 1_000 + number))
     assert cache.get("0", np.dtype(np.uint16)) is not None  # used: now the youngest
-    abandoned = tmp_path / "x.part"
+    abandoned = tmp_path / "x.tmp"
     abandoned.write_bytes(b"1")
     os.utime(abandoned, (1, 1))
     cache.trim()

@@ -21,7 +21,7 @@ from kronfold.distill.top_k import IDS, LOG_PROBS, TopK, bucketed_kl, top_k
 from kronfold.evaluate.bucket_bias import bucket_bias
 from kronfold.train import heal, store_teacher
 from kronfold.train.order import ShuffledStream
-from train_examples import VOCABULARY, Blocks, gpt2
+from train_examples import VOCABULARY, Blocks, Stop, gpt2
 
 SIZES = {"top_k": 8, "batch_size": 2, "shard_bytes": 1}  # shards of one batch
 
@@ -169,10 +169,6 @@ def test_large_vocabularies_take_four_bytes():
     facts[4] += 1
     assert (Manifest(*facts).id_type, Manifest(*facts).bytes_per_token) == (np.uint32, 8 * 4 + 9 * 2)
     assert [list(shard) for shard in Manifest(*facts).shards] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-
-
-class Stop(Exception):
-    pass
 
 
 def peaked(seed: int = 1):

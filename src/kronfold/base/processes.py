@@ -31,12 +31,17 @@ def count() -> int:
     return max(1, int(os.environ.get("WORLD_SIZE", "1"))) if "RANK" in os.environ else 1
 
 
+def launcher_says(name: str) -> bool:
+    """Whether a variable by which `accelerate launch` hands on its configuration is set to true."""
+    return os.environ.get(name, "false").lower() in ("true", "1")
+
+
 _MPI = ("OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_")  # Open MPI; MPICH and Intel MPI; MVAPICH
 
 
 def _read_mpi() -> None:
     """`accelerate launch --cpu --mpirun_hostfile` leaves it to MPI to number the processes; say it as torchrun does."""
-    if "RANK" in os.environ or os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1"):
+    if "RANK" in os.environ or not launcher_says("ACCELERATE_USE_CPU"):
         return
     for prefix in _MPI:
         if f"{prefix}SIZE" in os.environ:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from kronfold.base.cache import cache_directory
 from kronfold.base.errors import InputError
+from kronfold.base.files import UNFINISHED, atomic_file
 
 LIMIT = "KRONFOLD_TOKEN_CACHE_GB"
 _USUAL_GB = 8.0
@@ -63,18 +63,11 @@ class TokenCache:
 
     def put(self, key: str, ids: np.ndarray) -> None:
         """Keep `ids` (1-D). Nothing happens when it cannot be written: the caller has them anyway."""
-        scratch = None
         try:
-            self.place.mkdir(parents=True, exist_ok=True)
-            handle, scratch = tempfile.mkstemp(suffix=".part", dir=self.place)
-            with os.fdopen(handle, "wb") as file:
+            with atomic_file(self._path(key)) as file:
                 np.save(file, ids, allow_pickle=False)
                 file.write(hashlib.sha256(ids.data).digest())
-            os.replace(scratch, self._path(key))
         except OSError:
-            if scratch:
-                with contextlib.suppress(OSError):
-                    os.unlink(scratch)
             return
         self._written += ids.nbytes
         if self._written >= _BETWEEN_TRIMS:
@@ -89,7 +82,7 @@ class TokenCache:
                 stat = path.stat()
                 if path.suffix == ".npy":
                     found.append((stat.st_mtime, stat.st_size, path))
-                elif path.suffix == ".part" and now - stat.st_mtime > _ABANDONED:
+                elif path.suffix == UNFINISHED and now - stat.st_mtime > _ABANDONED:
                     path.unlink()
         excess = sum(size for _, size, _ in found) - self.limit
         for _, size, path in sorted(found):

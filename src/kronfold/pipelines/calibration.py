@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kronfold.base.cache import cache_directory as cache_directory  # where the commands look for it
 from kronfold.base.errors import CheckpointError
 from kronfold.models.calibrate import calibrate, fingerprint, tokens_fingerprint
 from kronfold.models.statistics import FORMAT_VERSION, Statistics

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -171,7 +170,7 @@ def _check_launch(method: Method) -> None:
     if sharded.asked():
         sharded.check(method)
     for name, what in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+        if processes.launcher_says(f"ACCELERATE_USE_{name}"):
             raise InputError(
                 f"Healing under {what} is not supported. Start it with DDP (torchrun, or accelerate launch with "
                 "`distributed_type: MULTI_GPU`) or, where memory is short, with FSDP2 (`distributed_type: FSDP`, "

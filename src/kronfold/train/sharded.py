@@ -37,7 +37,7 @@ _REFUSED = {  # variables that accelerate launch sets -> what is meant
 
 def asked() -> bool:
     """Whether accelerate's configuration asks for FSDP, in a process that a launcher started."""
-    return _on("ACCELERATE_USE_FSDP") and "LOCAL_RANK" in os.environ
+    return processes.launcher_says("ACCELERATE_USE_FSDP") and "LOCAL_RANK" in os.environ
 
 
 def check(method: Method) -> None:
@@ -53,10 +53,6 @@ def check(method: Method) -> None:
             "FSDP2 does not follow. Start it with DDP (`distributed_type: MULTI_GPU`, or torchrun), or choose another "
             "method."
         )
-
-
-def _on(name: str) -> bool:
-    return os.environ.get(name, "false").lower() in ("true", "1")
 
 
 def check_teacher(teacher: PreTrainedModel) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,15 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from kronfold.base.errors import CheckpointError, InputError
-from kronfold.base.files import check_output, explain_write_errors, swap_directory, work_directory, write_json
+from kronfold.base.files import (
+    UNFINISHED,
+    atomic_file,
+    check_output,
+    explain_write_errors,
+    swap_directory,
+    work_directory,
+    write_json,
+)
 from kronfold.distill.pairs import check_head, is_classifier, position_faults, vocabulary
 from kronfold.distill.stored import MANIFEST, Manifest, StoredTeacher, damage, text_sha256
 from kronfold.distill.top_k import top_k as likeliest
@@ -76,7 +82,8 @@ def store_teacher(
                 if any(damage(work / name, *form) for name, form in files.items()):
                     arrays = _shard(teacher, data, blocks, manifest, progress)
                     for (name, (kind, _)), array in zip(files.items(), arrays, strict=True):
-                        _write_array(work / name, array.astype(kind))
+                        with atomic_file(work / name) as file:
+                            np.save(file, array.astype(kind), allow_pickle=False)
                 progress(blocks.stop, manifest.blocks)
         swap_directory(work, place)
     return StoredTeacher(place)
@@ -119,7 +126,7 @@ def _planned(
 
 def _begin(work: Path, manifest: Manifest) -> None:
     """Note what the job is of, or compare with what was noted. Raises CheckpointError when it was another."""
-    for torn in (*work.glob(".*.npy.*.tmp"), *work.glob(f".{MANIFEST}.*")):  # of a job killed while it wrote
+    for torn in work.glob(f".*{UNFINISHED}"):  # of a job killed while it wrote
         torn.unlink()
     if any(work.iterdir()):
         differing = Manifest.read(work).differences(manifest)
@@ -151,15 +158,3 @@ def _shard(
         progress(batch.stop, manifest.blocks)
     shape = len(blocks), manifest.block_size, -1
     return torch.cat(ids).view(shape).numpy(), torch.cat(log_probs).view(shape).numpy()
-
-
-def _write_array(path: Path, array: np.ndarray) -> None:
-    """A .npy file, whole or not there."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, array, allow_pickle=False)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
