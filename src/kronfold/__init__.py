@@ -13,7 +13,7 @@ from typing import Any
 
 from kronfold.export import autoload
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # Public names and where they live; imported on first use, so that `import kronfold` stays light.
 _PUBLIC = {
