@@ -57,7 +57,7 @@ def test_help_imports_no_torch():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     commands = (
-        "demo plan compress heal run eval inspect validate pretrain data import-tq compare report finetune export"
+        "demo plan compress heal run eval inspect validate tune pretrain data import-tq compare report finetune export"
     )
     for command in commands.split():
         assert command in done.stdout

@@ -16,6 +16,11 @@ from typing import Any
 from kronfold.base.errors import OutputError
 
 
+def cache_directory() -> Path:
+    """`$KRONFOLD_CACHE`, else `~/.cache/kronfold`."""
+    return Path(os.environ.get("KRONFOLD_CACHE") or Path.home() / ".cache" / "kronfold")
+
+
 def _explain(path: Path, error: OSError) -> OutputError:
     return OutputError(
         f"Could not write {path}: {error.strerror or error}. What was there before is unchanged. "

@@ -56,8 +56,8 @@ def compare(
     from kronfold.base.files import check_output
 
     check_output(output, overwrite, allow_existing=resume)
+    from kronfold.base.files import cache_directory
     from kronfold.evaluate.texts import named_texts
-    from kronfold.pipelines.calibration import cache_directory
     from kronfold.pipelines.compare import CompareOptions
     from kronfold.pipelines.compare import compare as run_comparison
     from kronfold.report.comparison import comparison_table

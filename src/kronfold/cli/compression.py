@@ -86,10 +86,9 @@ def plan(
         raise typer.BadParameter("give a MODEL, or two saved plans: --diff A B", param_hint="MODEL")
     from transformers import PretrainedConfig
 
-    from kronfold.base.files import check_output, write_json
+    from kronfold.base.files import cache_directory, check_output, write_json
     from kronfold.models.load import load_config, load_model
     from kronfold.models.recognised import recognised
-    from kronfold.pipelines.calibration import cache_directory
     from kronfold.pipelines.checkpoint import make_plan
     from kronfold.planner.planning import skeleton_of
     from kronfold.planner.training import training_of
@@ -184,7 +183,7 @@ def compress(
     json: t.Json = False,
 ) -> None:
     """Make a model smaller and save it, without healing: planned for a budget and fitted to text, unless told other."""
-    from kronfold.pipelines.calibration import cache_directory
+    from kronfold.base.files import cache_directory
     from kronfold.pipelines.checkpoint import compress_to
     from kronfold.pipelines.streaming import check_options, compress_streaming
 
@@ -303,7 +302,7 @@ def run(
     json: t.Json = False,
 ) -> None:
     """The whole job: compress in the recipe's stages, heal each, measure with controls, save, report."""
-    from kronfold.pipelines.calibration import cache_directory
+    from kronfold.base.files import cache_directory
     from kronfold.pipelines.progressive import check_controls
 
     options: dict[str, Any] = {

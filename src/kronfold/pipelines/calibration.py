@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,11 +55,6 @@ class Calibration:
             "gradient_tokens": self.statistics.gradient_tokens,
             **self.statistics.about,
         }
-
-
-def cache_directory() -> Path:
-    """`$KRONFOLD_CACHE`, else `~/.cache/kronfold`."""
-    return Path(os.environ.get("KRONFOLD_CACHE") or Path.home() / ".cache" / "kronfold")
 
 
 def calibrated(
