@@ -34,7 +34,8 @@ from kronfold.base.errors import InputError
 from kronfold.base.files import sha256_of, write_json
 from kronfold.base.results import document
 from kronfold.data.clean import clean
-from kronfold.data.packing import encode_documents, pack
+from kronfold.data.encode import encode_documents
+from kronfold.data.packing import pack
 from kronfold.data.sources import documents
 from kronfold.distill import ObjectiveConfig
 from kronfold.models.load import load_model, load_tokenizer

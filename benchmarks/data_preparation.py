@@ -1,12 +1,15 @@
 """How fast text is cleaned, tokenised and packed: MB/s of one worker, and what that means for OpenWebText.
 
-    python benchmarks/data_preparation.py --megabytes 50 -o results.json
-    python benchmarks/data_preparation.py --source web.jsonl --workers 4 -o results.json
+    python benchmarks/data_preparation.py -o results.json
+    python benchmarks/data_preparation.py --source web.jsonl --workers 4 --threads 4 -o results.json
 
 Without --source it makes web-like text with a seed: pages of 50 to 1,500 words from a Zipf-like vocabulary, one in ten
 a copy or an altered copy of an earlier page, one in five with an HTML line. Its words are not English, so the tokenizer
 works harder than on real text; figures from --source are worth more. MB are 10^6 bytes of UTF-8 text that went in.
-With one worker processor seconds are measured too: on a machine with other work to do they say more than the clock.
+Cleaning goes through datatrove's local executor with --workers processes, as at any size (Slurm and Ray by
+configuration, docs/data.md); tokenising uses --threads threads of one process, and is measured without the token cache,
+while it is filled, and from it. With one worker, or thread, processor seconds are measured too: on a machine with other
+work to do they say more than the clock.
 OpenWebText: 39,769,491,688 bytes in 8,013,769 documents, by its dataset card (huggingface.co/datasets/
 Skylion007/openwebtext, dataset_info). The extrapolation is linear in bytes; stages that compare all documents with all
 (sorting signatures, clustering) take one task each for exact duplicates and clusters, and are not spread further.
@@ -24,17 +27,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rich.console import Console
+from rich.table import Table
+
 from kronfold.assets import teacher_path
 from kronfold.base.files import check_output, write_json
 from kronfold.base.results import document
 from kronfold.data.clean import clean
-from kronfold.data.packing import encode_documents, pack
+from kronfold.data.encode import encode_documents
+from kronfold.data.packing import pack
 from kronfold.data.sources import documents
 from kronfold.models.load import load_tokenizer
 
 OPENWEBTEXT_BYTES = 39_769_491_688
 OPENWEBTEXT_DOCUMENTS = 8_013_769
 BLOCK = 1024
+STEPS = ("clean", "read_and_tokenise", "read_tokenise_and_pack", "read_and_pack_again")
 _STOP_WORDS = "the of and to in a that is was for with be have on it as by at from this".split()  # noqa: SIM905
 _HTML = ("<div class='nav'>home | news</div>", "<li><a href='/x'>more</a></li>", "<p>All rights reserved.</p>")
 T = TypeVar("T")
@@ -111,6 +119,18 @@ def rate(megabytes: float, seconds: Seconds, workers: int) -> dict[str, float | 
     }
 
 
+def table(found: dict[str, Any]) -> Table:
+    """The rates, and what they mean for OpenWebText."""
+    title = f"{found['megabytes']:.0f} MB, and OpenWebText ({OPENWEBTEXT_BYTES / 1e9:.2f} GB) at these rates"
+    shown = Table(title=title)
+    for name in ("step", "seconds", "processor s", "MB/s", "MB per processor s", "hours", "core hours"):
+        shown.add_column(name, justify="left" if name == "step" else "right")
+    for step in STEPS:
+        values = list(found[step].values())
+        shown.add_row(step.replace("_", " "), *("" if value is None else f"{value:.2f}" for value in values))
+    return shown
+
+
 def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """All rates of one source."""
     source = options.source
@@ -130,6 +150,8 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(options.tokenizer)
     tokens, tokenising = timed(lambda: sum(map(len, encode_documents(documents(cleaned), tokenizer))))
     blocks, packing = timed(lambda: pack(documents(cleaned), tokenizer, BLOCK))
+    _, again = timed(lambda: pack(documents(cleaned), tokenizer, BLOCK))
+    threads = options.threads
     return {
         "megabytes": round(size, 3),
         "megabytes_after_cleaning": round(left, 3),
@@ -138,8 +160,9 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "tokens": tokens,
         "blocks": len(blocks),
         "clean": rate(size, cleaning, options.workers),
-        "read_and_tokenise": rate(left, tokenising, 1),
-        "read_tokenise_and_pack": rate(left, packing, 1),
+        "read_and_tokenise": rate(left, tokenising, threads),
+        "read_tokenise_and_pack": rate(left, packing, threads),
+        "read_and_pack_again": rate(left, again, threads),
         "dropped": {
             entry["filter"]: entry["documents_in"] - entry["documents_out"] for entry in manifest["filters"]
         },
@@ -149,18 +172,24 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", help="text to prepare instead of made-up text")
-    parser.add_argument("--megabytes", type=float, default=50)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--megabytes", type=float, default=100)
+    parser.add_argument("--workers", type=int, default=1, help="processes that clean")
+    parser.add_argument("--threads", type=int, default=1, help="threads that tokenise")
+    parser.add_argument("--quick", action="store_true", help="2 MB: does it run at all")
     parser.add_argument("--shard-megabytes", type=float, default=8)
     parser.add_argument("--tokenizer", default=str(teacher_path()), help="default: that of the model in the package")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", required=True)
     options = parser.parse_args()
     output = check_output(options.output, overwrite=True)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one worker is one core
+    if options.quick:
+        options.megabytes = 2.0
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if options.threads > 1 else "false"  # else one worker is one core
+    os.environ["RAYON_NUM_THREADS"] = str(options.threads)
     with tempfile.TemporaryDirectory() as work:
+        os.environ["KRONFOLD_CACHE"] = str(Path(work) / "cache")  # what lies in the user's own cache must not count
         found = measure(options, Path(work))
-    settings = {key: getattr(options, key) for key in ("megabytes", "workers", "shard_megabytes", "seed")}
+    settings = {key: getattr(options, key) for key in ("megabytes", "workers", "threads", "shard_megabytes", "seed")}
     settings["source"] = Path(options.source).name if options.source else "made up"
     reference = {"bytes": OPENWEBTEXT_BYTES, "documents": OPENWEBTEXT_DOCUMENTS, "from": "its dataset card"}
     write_json(
@@ -174,7 +203,7 @@ def main() -> None:
             **found,
         ),
     )
-    print(json.dumps(found, indent=2))
+    Console().print(table(found))
 
 
 if __name__ == "__main__":

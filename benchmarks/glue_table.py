@@ -60,18 +60,7 @@ def run_row(
         document = json.loads((place / "results.json").read_text(encoding="utf-8"))
     else:
         document = finetune(options, place, name=name, resume=begun.is_file(), report=reporter(place.name))
-    kept = (
-        "held_parameters",
-        "seeds",
-        "summary",
-        "summary_last",
-        "saved_seed",
-        "seconds",
-        "data",
-        "settings",
-        "teacher",
-    )
-    return {key: document[key] for key in kept}
+    return {key: document[key] for key in KEPT}
 
 
 def reporter(row: str) -> Callable[[str, int, int], None]:

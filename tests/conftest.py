@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["KRONFOLD_RATES"] = "builtin"  # the same orders of computing on every machine, whatever its user measured
+os.environ["KRONFOLD_TOKEN_CACHE_GB"] = "0"  # tests leave nothing in the user's cache; those of the cache switch it on
 
 import pytest
 import torch
@@ -14,6 +15,20 @@ import kronfold as kf
 import pico
 
 torch.set_num_threads(1)  # pico models: a second thread only waits
+
+
+@pytest.fixture
+def call(capsys):
+    """Run a command; returns (exit code, stdout, stderr)."""
+    from kronfold.cli.main import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -14,29 +15,14 @@ from kronfold.base import processes
 from kronfold.distill import ObjectiveConfig
 from kronfold.evaluate.lambada import lambada
 from kronfold.evaluate.perplexity import perplexity
-from kronfold.train import heal
-from train_examples import Blocks, gpt2, llama
+from kronfold.train import heal, store_teacher
+from train_examples import Blocks, KillAfter, gpt2, llama
 
 TEXTS = [pico.TEXT * 7, pico.TEXT * 12, pico.TEXT * 3]
 PASSAGES = [" ".join(pico.TEXT.split()[start : start + 9]) for start in range(11)]
 WIDER = ObjectiveConfig(kl=1, ce=0.5, method="intermediate", options={"hidden": 1.0})
 NO_LOGITS = ObjectiveConfig(kl=0, ce=0, method="intermediate", options={"embedding": 1.0})
 MATE = ObjectiveConfig(method="mate", options={"generator_layers": 1, "masked": 0.3, "every": 1})
-
-
-class Stop(Exception):
-    pass
-
-
-class KillAfter(TrainerCallback):
-    """A run that dies in the middle of a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise Stop
 
 
 class Keep(TrainerCallback):
@@ -53,9 +39,12 @@ def healings() -> dict[str, dict]:
     blocks = Blocks(10, ignore=3)  # a step ends one epoch and begins the next
     shared = {"data": blocks, "learning_rate": 1e-2, "bf16": False, "log_every": 1}
     kd = {"student": gpt2(0), "teacher": gpt2(1), "objective": ObjectiveConfig(kl=1, ce=0.5)}
+    with tempfile.TemporaryDirectory() as place:  # the files stay mapped
+        stored = store_teacher(gpt2(1), blocks, f"{place}/teacher", top_k=8, shard_bytes=1, batch_size=4)
     return {
         "kd": {**kd, "steps": 8, "share": (2, 1), **shared},
         "accumulated": {**kd, "student": llama(0), "steps": 3, "share": (1, 2), **shared},
+        "offline": {**kd, "teacher": stored, "steps": 4, "share": (2, 1), **shared},
         "wider": {
             "student": gpt2(0), "teacher": gpt2(1, width=24), "objective": WIDER, "steps": 4, "share": (2, 1), **shared
         },

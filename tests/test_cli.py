@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import pico
 from kronfold import __version__
-from kronfold.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +27,6 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(pico.TEXT * 60)
     return path
-
-
-@pytest.fixture
-def call(capsys):
-    """Run a command; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return stopped.value.code, captured.out, captured.err
-
-    return run
 
 
 def test_the_package_runs_as_the_command():
@@ -56,9 +42,8 @@ def test_help_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    commands = (
-        "demo plan compress heal run eval inspect validate tune pretrain data import-tq compare report finetune export"
-    )
+    commands = "demo plan compress heal run eval inspect validate tune pretrain data teach import-tq compare report finetune "
+        "export"
     for command in commands.split():
         assert command in done.stdout
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from kronfold.base.errors import CheckpointError, DataError, InputError, OutputError, RecipeError
-from kronfold.cli.main import main
 from kronfold.data import clean_settings
 from kronfold.data.clean import clean
 from kronfold.data.clean_blocks import has_html, short_study_key
@@ -357,24 +356,28 @@ def test_slurm_gets_a_chain_of_arrays_and_resume_collects(tmp_path, monkeypatch)
     assert done["executor"] == "slurm"
 
 
-def test_command_line(tmp_path, capsys):
+@pytest.mark.parametrize("options", [{}, {"remove_citations": True}])
+def test_boilerplate_keeps_the_white_space_of_what_stays(tmp_path, options):
+    lines = [" = Title = ", "", f" {CLEAN[0]} ", "\tWe use cookies here.", f"    {CLEAN[1]} [1] ", "", " end [2]"]
+    source = write(tmp_path / "in.jsonl", ["\n".join(lines)])
+    clean(source, tmp_path / "out", filters=["boilerplate"], options={"boilerplate": options} if options else None)
+    if options:
+        lines = [line.replace("[1]", "").replace("[2]", "") for line in lines]
+    (text,) = documents(tmp_path / "out")
+    assert text == "\n".join([*lines[:3], *lines[4:]])
+
+
+def test_command_line(tmp_path, call):
     source = write(tmp_path / "in.jsonl", [*CLEAN[:4], CLEAN[0]])
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            main(["data", "clean", *map(str, arguments)])
-        captured = capsys.readouterr()
-        return stopped.value.code, captured.out, captured.err
-
-    code, out, _ = call(source, "-o", tmp_path / "a", "--filters", "exact", "--json")
+    code, out, _ = call("data", "clean", source, "-o", tmp_path / "a", "--filters", "exact", "--json")
     assert code == 0
     assert json.loads(out) == json.loads((tmp_path / "a" / "manifest.json").read_text())
-    code, out, err = call(source, "-o", tmp_path / "b", "--filters", "exact", "--seed", "3")
+    code, out, err = call("data", "clean", source, "-o", tmp_path / "b", "--filters", "exact", "--seed", "3")
     assert code == 0
     assert "4 of 5 documents" in out
     assert [line for line in err.splitlines() if line] == [
         "clean: read ...", "clean: filters ...", "clean: exact-find ...", "clean: exact-drop ...",
     ]  # fmt: skip
-    code, out, err = call(source, "-o", tmp_path / "c", "--filters", "exakt")
+    code, out, err = call("data", "clean", source, "-o", tmp_path / "c", "--filters", "exakt")
     assert (code, out) == (2, "")
     assert "Did you mean 'exact'" in err

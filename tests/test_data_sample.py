@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from kronfold.base.errors import DataError, InputError, OutputError
-from kronfold.cli.main import main
 from kronfold.data.sample import is_drawn, sample
 from kronfold.data.sources import documents
 
@@ -94,10 +93,9 @@ def test_output_taken(source, tmp_path):
     sample(source, tmp_path / "out", 0.02, overwrite=True)
 
 
-def test_command_line(source, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["data", "sample", str(source), "--fraction", "0.1", "--seed", "2", "-o", str(tmp_path / "out"), "--json"])
-    assert stopped.value.code == 0
-    found = json.loads(capsys.readouterr().out)
+def test_command_line(source, tmp_path, call):
+    code, out, _ = call("data", "sample", source, "--fraction", "0.1", "--seed", "2", "-o", tmp_path / "out", "--json")
+    assert code == 0
+    found = json.loads(out)
     assert found["seed"] == 2
     assert list(documents(tmp_path / "out")) == [text for text in TEXTS if is_drawn(text, 0.1, 2)]

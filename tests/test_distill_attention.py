@@ -17,7 +17,7 @@ from kronfold.distill.attention import (
     recording,
     run_with_attention,
 )
-from kronfold.distill.signals import Batch, attention_divergence
+from kronfold.distill.signals import Batch, _eager_divergence, attention_divergence
 from kronfold.planner.recipe import Recipe, validate
 
 LOW_RANK = {
@@ -109,6 +109,36 @@ def test_gradients_flow_through_recomputed_maps_into_queries_and_keys(name):
     assert moved
     for index in moved:
         torch.testing.assert_close(found[index], true[index], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("left", [0, 4])
+@pytest.mark.parametrize("maps", [1, 3, 1 << 10])  # in one step: of fewer heads, of one row, of all
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_closed_form_gradient_is_that_of_autograd(name, maps, left, monkeypatch):
+    """The teacher runs without gradients here, as in training; llama's keys serve two heads each."""
+    model, ids, mask = case(name)
+    mask[2, :left] = 0
+    with torch.no_grad():
+        other = observed(pico.family(name, seed=3).double(), ids, mask, (1,))[1][1]
+    found = observed(model, ids, mask, (1,))[1][1]
+    batch = Batch(torch.rand(ids.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * mask)
+    monkeypatch.setattr("kronfold.distill.map_divergence._CACHED_ELEMENTS", maps * ids.shape[1] ** 2)
+    fast, slow = attention_divergence(found, other, batch), _eager_divergence(found, other, batch)
+    assert fast.grad_fn.name() == "_MapDivergenceBackward"
+    assert fast.item() == pytest.approx(slow.item(), rel=1e-12)
+    for mine, true in zip(
+        *(torch.autograd.grad(2 * loss, [found.query, found.key]) for loss in (fast, slow)), strict=True
+    ):
+        torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-14)
+    with torch.no_grad():
+        assert attention_divergence(found, other, batch).item() == pytest.approx(slow.item(), rel=1e-12)
+
+
+def test_the_gradient_of_a_teacher_in_training_is_kept():
+    model, ids, mask = case("gpt2")
+    mine, other = (observed(m, ids, mask, (1,))[1][1] for m in (model, pico.family("gpt2", seed=3).double()))
+    loss = attention_divergence(mine, other, Batch(mask.double()))
+    assert torch.autograd.grad(loss, other.query)[0].abs().max() > 0
 
 
 def test_divergence_is_the_same_in_rows_and_zero_for_equal_maps(monkeypatch):

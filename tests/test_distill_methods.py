@@ -16,14 +16,13 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
-    TrainerCallback,
     TrainingArguments,
 )
 
 from kronfold.base.errors import CheckpointError, InputError
 from kronfold.distill import METHODS, ObjectiveConfig
 from kronfold.train import DistillationTrainer, heal
-from train_examples import VOCABULARY, Blocks
+from train_examples import VOCABULARY, Blocks, KillAfter, Stop
 
 # method -> options that switch on everything it has
 METHOD_OPTIONS = {
@@ -212,7 +211,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one_and_the_student_stays_a_
     true = heal(whole, teacher, Blocks(20), **options)
     student = pair(12)[0]
     with pytest.raises(Stop):
-        heal(student, teacher, Blocks(20), output_dir=tmp_path, save_steps=2, callbacks=[StopAt(2)], **options)
+        heal(student, teacher, Blocks(20), output_dir=tmp_path, save_steps=2, callbacks=[KillAfter(2)], **options)
     student = model(7, 2, 12)
     found = heal(student, teacher, Blocks(20), output_dir=tmp_path, resume=True, save_steps=2, **options)
     assert found.resumed_from == 2
@@ -221,19 +220,6 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one_and_the_student_stays_a_
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(loaded.state_dict(), student.state_dict(), rtol=0, atol=0)
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise Stop
 
 
 @pytest.mark.parametrize("name", ["intermediate", "minilm", "mate", "ctcd"])

@@ -10,7 +10,6 @@ import yaml
 import kronfold as kf
 import pico
 from kronfold.base.errors import RecipeError
-from kronfold.cli.main import main
 from kronfold.distill import ObjectiveConfig
 from kronfold.pipelines.objectives import check_objectives, objective_of
 from kronfold.planner.recipe import HealRecipe, load_recipe, shipped_recipes, validate
@@ -69,20 +68,16 @@ def files(tmp_path_factory):
     return model, text
 
 
-def heal(capsys, files, output, *arguments):
+def heal(call, files, output, *arguments):
     model, text = files
-    with pytest.raises(SystemExit) as stopped:
-        main([
-            "heal", str(model), "--teacher", str(model), "--train-text", str(text), "--heal-tokens", "500",
-            "--batch-size", "4", "-o", str(output), "--device", "cpu", "--json", *arguments,
-        ])  # fmt: skip
-    found = capsys.readouterr()
-    return stopped.value.code, found.out, found.err
+    return call(
+        "heal", model, "--teacher", model, "--train-text", text, "--heal-tokens", "500",
+        "--batch-size", "4", "-o", output, "--device", "cpu", "--json", *arguments,
+    )  # fmt: skip
 
 
-def test_heal_with_a_method(capsys, files, tmp_path):
-    code, out, _ = heal(
-        capsys, files, tmp_path / "out", "--method", "intermediate", "--method-option", "hidden=0.5",
+def test_heal_with_a_method(call, files, tmp_path):
+    code, out, _ = heal(call, files, tmp_path / "out", "--method", "intermediate", "--method-option", "hidden=0.5",
         "--method-option", "teacher_layers=[0, 1]", "--kl", "0",
     )  # fmt: skip
     assert code == 0
@@ -106,8 +101,8 @@ def test_heal_with_a_method(capsys, files, tmp_path):
         (["--method", "intermediate", "--method-option", "teacher_layers=[0, 2]"], "Block 2 is out of range"),
     ],
 )
-def test_a_method_that_cannot_be_used_ends_with_code_2_and_no_output(capsys, files, tmp_path, arguments, message):
-    code, out, err = heal(capsys, files, tmp_path / "out", *arguments)
+def test_a_method_that_cannot_be_used_ends_with_code_2_and_no_output(call, files, tmp_path, arguments, message):
+    code, out, err = heal(call, files, tmp_path / "out", *arguments)
     assert code == 2
     assert message in " ".join(err.split())
     assert out == ""

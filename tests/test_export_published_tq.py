@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import kronfold as kf
 import pico
 from kronfold.base.errors import CheckpointError, InputError
-from kronfold.cli.main import main
 from kronfold.export.published_tq import model_from_tq
 from kronfold.models.cost import cost
 from kronfold.models.surgery import read_specs
@@ -220,17 +219,15 @@ def test_files_that_are_no_state_dict(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_on_the_command_line(tmp_path, capsys):
+def test_on_the_command_line(tmp_path, call):
     torch.save(state_of(published()), tmp_path / "weights.pt")
-    arguments = ["import-tq", str(tmp_path / "weights.pt"), "-o", str(tmp_path / "out"), "--heads", "4"]
-    with pytest.raises(SystemExit) as stopped:
-        main([*arguments, "--dtype", "float32", "--json"])
-    assert stopped.value.code == 0
-    document = json.loads(capsys.readouterr().out)
+    arguments = ["import-tq", tmp_path / "weights.pt", "-o", tmp_path / "out", "--heads", "4"]
+    code, out, _ = call(*arguments, "--dtype", "float32", "--json")
+    assert code == 0
+    document = json.loads(out)
     assert document["schema"] == "kronfold/import-tq"
     assert not document["tokenizer"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    assert "exists already" in capsys.readouterr().err
+    code, _, err = call(*arguments)
+    assert code == 2
+    assert "exists already" in err

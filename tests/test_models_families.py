@@ -316,23 +316,20 @@ def test_nothing_recognised_is_an_error():
         sites(model)
 
 
-def test_the_command_line_shows_what_was_recognised(tmp_path, capsys):
-    from kronfold.cli.main import main
-
-    def call(*arguments: str) -> str:
-        with pytest.raises(SystemExit) as stopped:
-            main(list(arguments))
-        assert stopped.value.code == 0
-        return capsys.readouterr().out
+def test_the_command_line_shows_what_was_recognised(tmp_path, call):
+    def shown_by(*arguments: str) -> str:
+        code, out, _ = call(*arguments)
+        assert code == 0
+        return out
 
     place = Path(tmp_path)
     UNKNOWN["mixtral"].save_pretrained(place)
     (place / "mine.yaml").write_text(
         "name: mine\nstages:\n  - name: one\n    compress: [{modules: role:attention_in, block: [2, 2]}]\n"
     )
-    shown = call("plan", f"config:{place}", "--recipe", str(place / "mine.yaml"))
+    shown = shown_by("plan", f"config:{place}", "--recipe", str(place / "mine.yaml"))
     assert "stacked experts" in shown.replace("\n", " ")
     assert "model.layers.*.mlp.experts" in shown
-    assert json.loads(call("inspect", f"config:{place}", "--json"))["recognised"]["generic"]
-    assert "left alone" in call("inspect", f"config:{place}")
-    assert "left alone" not in call("inspect", "config:gpt2")
+    assert json.loads(shown_by("inspect", f"config:{place}", "--json"))["recognised"]["generic"]
+    assert "left alone" in shown_by("inspect", f"config:{place}")
+    assert "left alone" not in shown_by("inspect", "config:gpt2")

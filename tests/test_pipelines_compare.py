@@ -129,7 +129,7 @@ def test_each_at_its_own_size_planned_and_with_one_objective(options, tmp_path):
     assert [row["size"]["note"] for row in document["rows"]] == ["its own size"] * 2
     assert document["rows"][0]["objective"] == document["rows"][1]["objective"]
     assert document["rows"][0]["objective"][0]["kl"] == 1.0
-    assert document["data"]["calibration"]["windows"] > 0
+    assert document["rows"][0]["calibration"]["windows"] > 0
     assert "lambada" not in document["rows"][0]
     assert "LAMBADA" not in markdown(document)
 

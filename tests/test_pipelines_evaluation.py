@@ -9,7 +9,6 @@ import pytest
 
 import pico
 from kronfold.base.errors import InputError
-from kronfold.cli.main import main
 from kronfold.evaluate.lambada import lambada
 from kronfold.evaluate.perplexity import perplexity
 from kronfold.evaluate.texts import named_texts
@@ -33,20 +32,13 @@ def files(tmp_path_factory):
     return place
 
 
-def call(capsys, *arguments) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return stopped.value.code, captured.out, captured.err
-
-
 @pytest.mark.parametrize("protocol", ["sliding", "paper"])
-def test_the_suite_is_its_parts(model, files, tmp_path, capsys, protocol, monkeypatch) -> None:
+def test_the_suite_is_its_parts(model, files, tmp_path, call, protocol, monkeypatch) -> None:
     loads = []
     monkeypatch.setattr(evaluation, "load_model", lambda *a, **k: loads.append(a) or load_model(*a, **k))
     given = ["--suite", "lm", "--text", f"first={files / 'one.txt'}", "--text", files / "two.txt"]
     given += ["--lambada", files / "lambada.jsonl", "--protocol", protocol]
-    code, out, _ = call(capsys, "eval", model, *given, "--json", "-o", tmp_path / "out.json")
+    code, out, _ = call("eval", model, *given, "--json", "-o", tmp_path / "out.json")
     document = json.loads(out)
     assert code == 0
     assert document == json.loads((tmp_path / "out.json").read_text())
@@ -59,7 +51,7 @@ def test_the_suite_is_its_parts(model, files, tmp_path, capsys, protocol, monkey
     alone = lambada(subject, tokenizer, files / "lambada.jsonl").to_dict()
     assert document["lambada"] == {"source": "lambada.jsonl", **alone}
     assert document["schema"] == "kronfold/eval-suite"
-    shown = call(capsys, "eval", model, *given)[1]
+    shown = call("eval", model, *given)[1]
     for words in ("first", "two", "LAMBADA", "3 passages", f"{document['texts']['two']['perplexity']:.2f}", protocol):
         assert words in shown
 
@@ -96,20 +88,20 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(model, files, tmp_path, capsys, case, monkeypatch) -> None:
+def test_bad_input(model, files, tmp_path, call, case, monkeypatch) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded before what was given was checked")
 
     monkeypatch.setattr(evaluation, "load_model", never)
     places = {"one": files / "one.txt", "two": files / "two.txt", "lambada": files / "lambada.jsonl"}
     arguments, message = BAD[case]
-    code, out, err = call(capsys, "eval", model, *(a.format(**places, none=files / "none") for a in arguments))
+    code, out, err = call("eval", model, *(a.format(**places, none=files / "none") for a in arguments))
     assert code == 2
     assert out == ""
     assert re.search(message, " ".join(err.split())), err
 
 
-def test_tasks_of_lm_eval(model, capsys, monkeypatch) -> None:
+def test_tasks_of_lm_eval(model, call, monkeypatch) -> None:
     asked = []
 
     def scores(subject, tokenizer, tasks, **options):
@@ -117,8 +109,8 @@ def test_tasks_of_lm_eval(model, capsys, monkeypatch) -> None:
         return {"version": "0.4", "results": {"arc_easy": {"alias": "arc_easy", "acc,none": 0.25}}}
 
     monkeypatch.setattr(evaluation, "harness", scores)
-    code, out, _ = call(capsys, "eval", model, "--tasks", "arc_easy", "--task-files", "here", "--json")
+    code, out, _ = call("eval", model, "--tasks", "arc_easy", "--task-files", "here", "--json")
     assert code == 0
     assert json.loads(out)["results"]["arc_easy"]["acc,none"] == 0.25
     assert asked == [("gpt2", ["arc_easy"], "here")]
-    assert "0.2500" in call(capsys, "eval", model, "--tasks", "arc_easy")[1]
+    assert "0.2500" in call("eval", model, "--tasks", "arc_easy")[1]

@@ -13,7 +13,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import kronfold as kf
 import pico
 from kronfold.base.errors import InputError
-from kronfold.cli.main import main
 from kronfold.data.glue import TASKS, read_tsv
 from kronfold.distill import ObjectiveConfig
 from kronfold.models.load import load_classifier, load_model
@@ -53,21 +52,14 @@ def model(tmp_path_factory):
     return place
 
 
-def call(capsys, *arguments) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return stopped.value.code, captured.out, captured.err
-
-
 def given(files) -> list:
     return ["--task", "sst2", "--train-file", files[0], "--dev-file", files[1]]
 
 
-def test_from_files_to_a_classifier_and_on_to_its_student(model, files, tmp_path, capsys) -> None:
+def test_from_files_to_a_classifier_and_on_to_its_student(model, files, tmp_path, call) -> None:
     out = tmp_path / "tuned"
     code, printed, err = call(
-        capsys, "finetune", model, *given(files), *FAST, "--epochs", 5, "--seeds", "0,1", "-o", out, "--json"
+        "finetune", model, *given(files), *FAST, "--epochs", 5, "--seeds", "0,1", "-o", out, "--json"
     )
     assert code == 0, err
     document = json.loads(printed)
@@ -101,7 +93,7 @@ def test_from_files_to_a_classifier_and_on_to_its_student(model, files, tmp_path
     assert kept
 
     code, printed, err = call(
-        capsys, "finetune", model, *given(files), *FAST, "--teacher", out, "--method", "intermediate",
+        "finetune", model, *given(files), *FAST, "--teacher", out, "--method", "intermediate",
         "--method-option", "hidden=0.1", "--temperature", 3, "-o", tmp_path / "student",
     )  # fmt: skip
     assert code == 0, err
@@ -211,7 +203,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_faults_come_before_training(model, files, tmp_path, capsys, monkeypatch, case) -> None:
+def test_faults_come_before_training(model, files, tmp_path, call, monkeypatch, case) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("training began")
 
@@ -223,7 +215,7 @@ def test_faults_come_before_training(model, files, tmp_path, capsys, monkeypatch
         del base[changes[0]]
     arguments = [part for name, values in base.items() for part in (name, *values)]
     arguments += changes if len(changes) > 1 or changes == ["--resume"] else []
-    code, out, err = call(capsys, "finetune", model, *arguments, "--device", "cpu")
+    code, out, err = call("finetune", model, *arguments, "--device", "cpu")
     assert code == 2, err
     assert out == ""
     assert re.search(message, " ".join(err.split())), err

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kronfold as kf
 import pico
 from kronfold.base.errors import KronfoldError
-from kronfold.cli.main import main
 from kronfold.models.load import load_model
 from kronfold.models.presets import preset_config
 from kronfold.models.weight_files import WeightFiles
@@ -344,22 +343,17 @@ def test_a_weight_that_cannot_be_fitted_leaves_what_is_done(source, tmp_path):
 # --- command ----------------------------------------------------------------------------------------------------------
 
 
-def test_command(source, tmp_path, capsys):
-    def call(*arguments):
-        with pytest.raises(SystemExit) as stopped:
-            main(["compress", str(source), "-o", str(tmp_path / "out"), *arguments])
-        captured = capsys.readouterr()
-        return stopped.value.code, captured.out, captured.err
-
-    code, out, err = call("--stream", "-r", "kngpt2-untied", "--dtype", "float32", "--json")
+def test_command(source, tmp_path, call):
+    given = ("compress", source, "-o", tmp_path / "out")
+    code, out, err = call(*given, "--stream", "-r", "kngpt2-untied", "--dtype", "float32", "--json")
     assert code == 0, err
     document = json.loads(out)
     assert document == json.loads((tmp_path / "out" / "results.json").read_text())
     assert document["streamed"]["parts"] == 5
     assert {value.dtype for value in tensors(tmp_path / "out").values()} == {torch.float32}
-    code, _, err = call("--resume", "-r", "tqcompressor", "--overwrite")
+    code, _, err = call(*given, "--resume", "-r", "tqcompressor", "--overwrite")
     assert (code, "Only a compression with --stream" in " ".join(err.split())) == (2, True)
-    code, _, err = call("--stream", "-r", "tqcompressor", "--overwrite", "--sequential")
+    code, _, err = call(*given, "--stream", "-r", "tqcompressor", "--overwrite", "--sequential")
     assert (code, "takes no sequential" in " ".join(err.split())) == (2, True)
-    code, _, err = call("--stream", "--overwrite")
+    code, _, err = call(*given, "--stream", "--overwrite")
     assert (code, "Recipe 'auto' needs" in " ".join(err.split())) == (2, True)

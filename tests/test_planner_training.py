@@ -10,7 +10,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import pico
 from kronfold.base.errors import InputError
-from kronfold.cli.main import main
 from kronfold.planner import planning
 from kronfold.planner.training import TrainingJob, TrainingShape, training_cost, training_of
 
@@ -25,6 +24,7 @@ def test_hand_numbers_on_one_device():
         "gradients": 325_345_552,
         "optimiser": 650_691_104,
         "buckets": 0,
+        "gathered": 0,
         "copies": 0,
         "teacher": 497_759_232,
         # per token and block 8 x 768 + 5 x 3072 = 21,504 numbers
@@ -49,6 +49,10 @@ def test_hand_numbers_on_many_devices():
     sharded = training_cost(1_000, 0, GPT2, TrainingJob(**spread, sharded=True))["memory"]
     assert (sharded["weights"], sharded["optimiser"], sharded["buckets"]) == (63, 125, 0)  # 62.5 rounded up, 125
     assert sharded["teacher"] == 0
+    assert (memory["gathered"], sharded["gathered"]) == (0, 8_000)  # all of so small a student counts as embedding
+    embedding = 50_257 * 768
+    whole = training_cost(embedding + 12 * 70, 0, GPT2, TrainingJob(**spread, sharded=True))["memory"]
+    assert whole["gathered"] == 8 * (embedding + 140)  # two of the twelve blocks
     assert sharded["logits"] == memory["logits"] * 2 // 3
 
 
@@ -106,15 +110,11 @@ def test_faults():
         TrainingJob(tokens=1, precision="int8")
 
 
-def test_command(capsys):
+def test_command(call):
     arguments = ["plan", "config:gpt2", "-r", "tqcompressor", "--train", "--processes", "8", "--micro-batch", "1"]
-    with pytest.raises(SystemExit):
-        main([*arguments, "--json"])
-    training = json.loads(capsys.readouterr().out)["training"]
+    training = json.loads(call(*arguments, "--json")[1])["training"]
     assert training["memory_per_device"] == sum(training["memory"].values())
     assert training["processes"] == 8
-    with pytest.raises(SystemExit):
-        main(arguments)
-    shown = capsys.readouterr().out
+    shown = call(*arguments)[1]
     assert "the teacher" in shown
     assert f"{training['steps']:,} steps" in " ".join(shown.split())

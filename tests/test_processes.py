@@ -19,7 +19,7 @@ from kronfold.base import processes
 from kronfold.base.errors import InputError
 from kronfold.pipelines.progressive import RunOptions, run
 from kronfold.pipelines.together import split_batch
-from train_examples import gpt2
+from train_examples import KillAfter, Stop, gpt2
 
 TESTS = Path(__file__).parent
 
@@ -45,8 +45,8 @@ def launch(*arguments, check: bool = True) -> subprocess.CompletedProcess:
 def together(tmp_path_factory):
     """(directory, facts) of process_jobs by two processes; before that, one process healed half of a run."""
     place = tmp_path_factory.mktemp("together")
-    with pytest.raises(jobs.Stop):
-        half = {"output_dir": place / "of-one", "save_steps": 2, "callbacks": [jobs.KillAfter(5)]}
+    with pytest.raises(Stop):
+        half = {"output_dir": place / "of-one", "save_steps": 2, "callbacks": [KillAfter(5)]}
         jobs.healed(jobs.healings()["kd"], 1, **half)
     done = launch(TESTS / "process_jobs.py", place)
     assert done.stdout == ""
@@ -58,7 +58,7 @@ def alone():
     return {name: jobs.healed(job, 1) for name, job in jobs.healings().items()}
 
 
-@pytest.mark.parametrize("name", ["kd", "accumulated", "wider", "no logits", "mate"])
+@pytest.mark.parametrize("name", ["kd", "accumulated", "offline", "wider", "no logits", "mate"])
 def test_two_processes_heal_as_one(together, alone, name):
     place, facts = together
     (one, weights, companions), two = alone[name], facts["healed"][name]
@@ -195,6 +195,19 @@ def test_one_process_is_a_plain_call(monkeypatch):
     assert processes.speaks_for_all()
 
 
+@pytest.mark.parametrize("prefix", ["OMPI_COMM_WORLD_", "PMI_"])
+def test_processes_that_mpi_numbers(monkeypatch, prefix):
+    """As `accelerate launch --cpu --mpirun_hostfile` starts them."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")  # so that what is set below is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(f"{prefix}RANK", "1")
+    monkeypatch.setenv(f"{prefix}SIZE", "2")
+    assert processes.count() == 1  # a scheduler may set these for any program
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert (processes.count(), processes.index(), processes.is_main()) == (2, 1, False)
+
+
 def test_batches_are_shared_equally(monkeypatch):
     assert split_batch(16, None) == (16, 1)
     assert split_batch(16, 4) == (4, 4)
@@ -211,10 +224,10 @@ def test_batches_are_shared_equally(monkeypatch):
         split_batch(16, None)
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_a_student_in_shards_is_refused(monkeypatch, name):
+@pytest.mark.parametrize("name", ["MEGATRON_LM", "DEEPSPEED"])
+def test_other_ways_to_split_a_student_are_refused(monkeypatch, name):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(InputError, match="whole student.*DDP"):
+    with pytest.raises(InputError, match="not supported.*DDP.*FSDP2"):
         jobs.healed(jobs.healings()["kd"], 1)
 
 

@@ -9,30 +9,14 @@ import shutil
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from kronfold.base.errors import CheckpointError, DataError, InputError, OutputError
 from kronfold.distill import ObjectiveConfig
 from kronfold.train import HealConfig, heal
 from kronfold.train.order import ShuffledStream
-from train_examples import VOCABULARY, Blocks, gpt2
+from train_examples import VOCABULARY, Blocks, KillAfter, Stop, gpt2
 
 CE = ObjectiveConfig(kl=0, ce=1)
-
-
-class Stop(Exception):
-    pass
-
-
-class KillAfter(TrainerCallback):
-    """A run that dies in the middle of a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise Stop
 
 
 def weights(model):

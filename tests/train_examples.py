@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch.utils.data import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainerCallback
 
 VOCABULARY = 61
 POSITIONS = 32
@@ -51,3 +51,18 @@ class Blocks(Dataset):
         labels = self.ids[index].clone()
         labels[: (index % 4) * self.ignore] = -100  # a different number of predicted tokens in every block
         return {"input_ids": self.ids[index], "labels": labels}
+
+
+class Stop(Exception):
+    pass
+
+
+class KillAfter(TrainerCallback):
+    """A run that dies in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise Stop

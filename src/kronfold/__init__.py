@@ -29,6 +29,8 @@ _PUBLIC = {
     "to_dense": "kronfold.export.dense",
     "cache_dense": "kronfold.nn.dense_cache",
     "dense_cache_bytes": "kronfold.nn.dense_cache",
+    "store_teacher": "kronfold.train.store_teacher",
+    "StoredTeacher": "kronfold.distill.stored",
 }
 __all__ = ["__version__", *sorted(_PUBLIC)]
 

@@ -11,14 +11,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from kronfold.base.errors import OutputError
-
-
-def cache_directory() -> Path:
-    """`$KRONFOLD_CACHE`, else `~/.cache/kronfold`."""
-    return Path(os.environ.get("KRONFOLD_CACHE") or Path.home() / ".cache" / "kronfold")
 
 
 def _explain(path: Path, error: OSError) -> OutputError:
@@ -52,6 +47,16 @@ def check_output(path: str | Path, overwrite: bool = False, allow_existing: bool
             f"Cannot write to {path}: {error.strerror} in {parent}. Choose another -o/--output or fix the permissions."
         ) from error
     return path
+
+
+def work_directory(output: str | Path, resume: bool, overwrite: bool) -> Path:
+    """`<output>.partial`, emptied unless the job there is to be resumed. Raises OutputError when one lies there."""
+    work = Path(output).with_name(Path(output).name + ".partial")
+    if work.is_dir() and any(work.iterdir()) and not resume:
+        if not overwrite:
+            raise OutputError(f"An unfinished job lies in {work}. Continue it with --resume, or pass --overwrite.")
+        shutil.rmtree(work)
+    return work
 
 
 @contextlib.contextmanager
@@ -108,19 +113,28 @@ def swap_directory(scratch: Path, path: Path) -> None:
         old.unlink(missing_ok=True)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 file atomically (same directory, then rename). Raises OutputError."""
+UNFINISHED = ".tmp"  # ends the names of files that a killed `atomic_file` leaves behind
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` when the block ends, and is gone when it fails. Raises OSError."""
     path = Path(path)
-    with explain_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 file atomically. Raises OutputError."""
+    with explain_write_errors(path), atomic_file(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def write_json(path: str | Path, document: Any) -> None:

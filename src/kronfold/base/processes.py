@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
@@ -27,7 +27,28 @@ _LAST_WORDS = 60.0  # seconds, at most, for the process that speaks for all; its
 
 def count() -> int:
     """How many processes the launcher started; 1 without one."""
+    _read_mpi()
     return max(1, int(os.environ.get("WORLD_SIZE", "1"))) if "RANK" in os.environ else 1
+
+
+def launcher_says(name: str) -> bool:
+    """Whether a variable by which `accelerate launch` hands on its configuration is set to true."""
+    return os.environ.get(name, "false").lower() in ("true", "1")
+
+
+_MPI = ("OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_")  # Open MPI; MPICH and Intel MPI; MVAPICH
+
+
+def _read_mpi() -> None:
+    """`accelerate launch --cpu --mpirun_hostfile` leaves it to MPI to number the processes; say it as torchrun does."""
+    if "RANK" in os.environ or not launcher_says("ACCELERATE_USE_CPU"):
+        return
+    for prefix in _MPI:
+        if f"{prefix}SIZE" in os.environ:
+            rank = os.environ[f"{prefix}RANK"]
+            os.environ.update(RANK=rank, WORLD_SIZE=os.environ[f"{prefix}SIZE"])
+            os.environ.setdefault("LOCAL_RANK", os.environ.get(f"{prefix}LOCAL_RANK", rank))
+            return
 
 
 def index() -> int:
@@ -47,6 +68,8 @@ def start(device: str = "auto") -> None:
     """
     if count() == 1:
         return
+    # Every process reads whole models: a student in shards (FSDP) is split later, and its teacher is not.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     import torch
 
     if not torch.distributed.is_initialized():
@@ -83,6 +106,18 @@ def from_main(value: T) -> T:
     box = [value if is_main() else None]
     torch.distributed.broadcast_object_list(box, src=0, group=_channel())
     return value if is_main() else box[0]  # type: ignore[return-value]
+
+
+def copy_from_main(tensors: Iterable[Any]) -> None:
+    """Fill tensors in the host's memory with the main process's numbers. All must call it, with tensors alike."""
+    if count() == 1:
+        return
+    import torch
+
+    for tensor in tensors:
+        whole = tensor.detach().contiguous()
+        torch.distributed.broadcast(whole, src=0, group=_channel())
+        tensor.data.copy_(whole)
 
 
 def gather(value: T) -> list[T]:

@@ -56,7 +56,7 @@ def compare(
     from kronfold.base.files import check_output
 
     check_output(output, overwrite, allow_existing=resume)
-    from kronfold.base.files import cache_directory
+    from kronfold.base.cache import cache_directory
     from kronfold.evaluate.texts import named_texts
     from kronfold.pipelines.compare import CompareOptions
     from kronfold.pipelines.compare import compare as run_comparison

@@ -86,7 +86,8 @@ def plan(
         raise typer.BadParameter("give a MODEL, or two saved plans: --diff A B", param_hint="MODEL")
     from transformers import PretrainedConfig
 
-    from kronfold.base.files import cache_directory, check_output, write_json
+    from kronfold.base.cache import cache_directory
+    from kronfold.base.files import check_output, write_json
     from kronfold.models.load import load_config, load_model
     from kronfold.models.recognised import recognised
     from kronfold.pipelines.checkpoint import make_plan
@@ -183,7 +184,7 @@ def compress(
     json: t.Json = False,
 ) -> None:
     """Make a model smaller and save it, without healing: planned for a budget and fitted to text, unless told other."""
-    from kronfold.base.files import cache_directory
+    from kronfold.base.cache import cache_directory
     from kronfold.pipelines.checkpoint import compress_to
     from kronfold.pipelines.streaming import check_options, compress_streaming
 
@@ -222,6 +223,14 @@ def heal(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate (AdamW, cosine).")] = 5e-4,
     batch_size: Annotated[int, typer.Option(help="Windows per step, over all processes.")] = 16,
     micro_batch: t.MicroBatch = None,
+    offline_teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="What `kronfold teach` stored of TEACHER on this text; the teacher is then not run.",
+            show_default=False,
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="Temperature of the KL term.")] = 1.0,
     ce: Annotated[float, typer.Option(help="Weight of the cross entropy with the text.")] = 0.1,
     kl: Annotated[float, typer.Option(help="Weight of the divergence from the teacher.")] = 1.0,
@@ -265,8 +274,8 @@ def heal(
     with t.progress_bar() as report:
         document = heal_to(
             model, t.resolve_model(teacher), train_text, output, recipe, eval_text=eval_text, protocol=protocol,
-            seed=seed, device=device, dtype=dtype, micro_batch=micro_batch, resume=resume, overwrite=overwrite,
-            report=report,
+            seed=seed, device=device, dtype=dtype, micro_batch=micro_batch, offline_teacher=offline_teacher,
+            resume=resume, overwrite=overwrite, report=report,
         )  # fmt: skip
     t.emit(document, json, _saved(document, output))
 
@@ -302,7 +311,7 @@ def run(
     json: t.Json = False,
 ) -> None:
     """The whole job: compress in the recipe's stages, heal each, measure with controls, save, report."""
-    from kronfold.base.files import cache_directory
+    from kronfold.base.cache import cache_directory
     from kronfold.pipelines.progressive import check_controls
 
     options: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Commands that prepare: data, pretrain."""
+"""Commands that prepare: data, pretrain, teach."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def add_to(app: typer.Typer) -> None:
     """Register the commands of this file."""
     app.add_typer(data, name="data")
     app.command()(pretrain)
+    app.command()(teach)
 
 
 @data.callback()
@@ -135,3 +136,35 @@ def pretrain(
             progress=lambda step, total, _logs: report("pretrain", step, total),
         )  # fmt: skip
     t.emit(document, json, f"held-out perplexity {document['perplexity']:.2f}, saved in {output}/")
+
+
+def teach(
+    model: t.Model,
+    train_text: t.Text,
+    output: Annotated[str, typer.Option("--output", "-o", help="Directory for what the teacher says.")],
+    tokens: Annotated[int, typer.Option(help="How many tokens of the text; a healing may read them several times.")],
+    top_k: Annotated[int, typer.Option(help="Tokens kept of each position; all others are one bucket.")] = 64,
+    temperature: Annotated[float, typer.Option(help="Temperature of the KL term that will learn from it.")] = 1.0,
+    block_size: t.BlockSize = None,
+    batch_size: Annotated[int, typer.Option(help="Windows that go through the model at once.")] = 8,
+    device: t.Device = "auto",
+    resume: t.Resume = False,
+    overwrite: t.Overwrite = False,
+    json: t.Json = False,
+) -> None:
+    """Run a teacher once over a text and store its likeliest tokens, for `kronfold heal --offline-teacher`."""
+    from kronfold.pipelines.teaching import teach_to
+
+    device = t.prepare(device)
+    with t.progress_bar() as report:
+        document = teach_to(
+            t.resolve_model(model), train_text, output, tokens=tokens, k=top_k, temperature=temperature,
+            block_size=block_size, batch_size=batch_size, device=device, resume=resume, overwrite=overwrite,
+            report=report,
+        )  # fmt: skip
+    t.emit(
+        document,
+        json,
+        f"{document['tokens']:,} tokens in {document['blocks']:,} blocks, {document['bytes_per_token']} bytes each "
+        f"({document['bytes'] / 1e6:,.1f} MB), saved in {output}/",
+    )

@@ -63,9 +63,7 @@ BatchSize = Annotated[
 BlockSize = Annotated[int | None, typer.Option(help="Training window in tokens.", show_default=False)]
 Processes = Annotated[int, typer.Option(help="With --train: processes, one for each device.")]
 Precision = Annotated[str, typer.Option(help="With --train: bf16 or fp32 matrix products.")]
-Sharded = Annotated[
-    bool, typer.Option("--sharded", help="With --train: as it would be split over the processes (FSDP2).")
-]
+Sharded = Annotated[bool, typer.Option("--sharded", help="With --train: the student split over the processes (FSDP2).")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Calibration = Annotated[

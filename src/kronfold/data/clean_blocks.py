@@ -17,7 +17,9 @@ from typing import IO, Any
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.filters import C4QualityFilter
 from datatrove.pipeline.filters.base_filter import BaseFilter
+from datatrove.pipeline.filters.c4_filters import CITATION_REGEX
 from datatrove.pipeline.formatters import FTFYFormatter
 from datatrove.pipeline.readers import ParquetReader
 from datatrove.pipeline.writers.disk_base import DiskWriter
@@ -162,6 +164,26 @@ class HtmlLines(BaseFilter):
             for line in filter(has_html, lines):
                 self.exclusion_writer.write(Document(text=line, id=doc.id), doc.metadata["shard"])
         doc.text = "\n".join(kept)
+        return True
+
+
+class BoilerplateLines(C4QualityFilter):
+    """C4's line rules, with the white space of the lines that stay: C4 strips it.
+
+    Text to train on should look like the text to be read. Verse, tables and code live by their indent; and WikiText has
+    a space before every line, without which each first word is another token.
+    """
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        lines = doc.text.splitlines()
+        found = super().filter(doc)
+        if found is not True or not self.split_paragraph:
+            return found  # dropped, or cut into sentences, which have no white space of their own
+        # A rule sees one line at a time, so equal lines share their fate.
+        kept = {line.strip() for line in doc.text.split("\n")}
+        if self.remove_citations:
+            lines = [CITATION_REGEX.sub("", line) for line in lines]
+        doc.text = "\n".join(line for line in lines if line.strip() in kept)
         return True
 
 

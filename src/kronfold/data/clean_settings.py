@@ -23,7 +23,7 @@ DUPLICATES = ("exact", "key", "minhash")
 
 _CLASSES = {
     "unicode": ("datatrove.pipeline.formatters", "FTFYFormatter"),
-    "boilerplate": ("datatrove.pipeline.filters", "C4QualityFilter"),
+    "boilerplate": ("kronfold.data.clean_blocks", "BoilerplateLines"),
     "language": ("datatrove.pipeline.filters", "LanguageFilter"),
     "repetition": ("datatrove.pipeline.filters", "GopherRepetitionFilter"),
     "quality": ("datatrove.pipeline.filters", "GopherQualityFilter"),
@@ -142,6 +142,6 @@ def _check_language() -> None:
 
 
 def block_class(name: str) -> Any:
-    """The datatrove class whose arguments the options of filter `name` are."""
+    """The class, datatrove's or derived from it, whose arguments the options of filter `name` are."""
     module, attribute = _CLASSES[name]
     return getattr(importlib.import_module(module), attribute)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from kronfold.base.errors import DataError
-
-_BATCH = 256  # documents per call of the tokenizer
+from kronfold.data.encode import token_stream
 
 
 class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
@@ -44,13 +42,6 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
         return hashlib.sha256(self.ids.astype("<u4").tobytes()).hexdigest()
 
 
-def encode_documents(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
-    """Token ids of each document, without special tokens, tokenised in batches."""
-    source = iter(documents)
-    while batch := list(islice(source, _BATCH)):
-        yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-
-
 def pack(documents: Iterable[str], tokenizer: Any, block_size: int, *, max_tokens: int | None = None) -> TokenBlocks:
     """Tokenise, join with the end-of-text token after every document, cut into blocks of `block_size` tokens.
 
@@ -61,12 +52,11 @@ def pack(documents: Iterable[str], tokenizer: Any, block_size: int, *, max_token
         raise DataError("The tokenizer has no end-of-text token; set tokenizer.eos_token before packing.")
     if max_tokens is not None and max_tokens < block_size:
         raise DataError(f"max_tokens is {max_tokens}, less than one block of {block_size} tokens. Give more.")
-    dtype = np.uint16 if len(tokenizer) <= np.iinfo(np.uint16).max + 1 else np.uint32
     pieces: list[np.ndarray] = []
     count = 0
-    for ids in encode_documents(documents, tokenizer):
-        pieces.append(np.array([*ids, tokenizer.eos_token_id], dtype=dtype))
-        count += len(pieces[-1])
+    for ids in token_stream(documents, tokenizer, end=tokenizer.eos_token_id):
+        pieces.append(ids)
+        count += len(ids)
         if max_tokens is not None and count >= max_tokens:
             break
     kept = (count if max_tokens is None else min(count, max_tokens)) // block_size

@@ -80,7 +80,7 @@ def permuted_kronecker(
     usual = 5e-4 if weight.numel() <= LARGE else 2e-3
     share = usual if tolerance is None else tolerance
     options = Options(seed, share, -1.0 if target_error is None else target_error, max_sweeps)
-    with _one_thread():
+    with one_thread():
         if weighting is None:
             return _searched(weight, spec, method, options)
         is_cheap = spec.b[0] == 1
@@ -157,8 +157,11 @@ def _explore(search: Search, memo: Memo) -> None:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Moves are many short tensor operations: a second thread gains little, and on a busy machine costs tenfold."""
+def one_thread() -> Iterator[None]:
+    """torch on one thread, here and in threads begun inside.
+
+    Moves are many short tensor operations: a second thread gains little, and on a busy machine costs tenfold.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

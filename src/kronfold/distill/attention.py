@@ -47,20 +47,26 @@ class RecordedAttention:
 
         A query that may see nothing (padding on the left) gets a uniform row, as in eager attention.
         """
+        return torch.log_softmax(self.scores(rows), dim=-1)
+
+    def scores(self, rows: slice = slice(None), heads: slice = slice(None)) -> Tensor:
+        """What the softmax is taken of, for these rows and heads; the lowest finite number where nothing is seen."""
         dtype = torch.promote_types(self.query.dtype, torch.float32)
         with torch.autocast(self.query.device.type, enabled=False):
-            key = self.for_every_head(self.key[rows])
-            scores = self.query[rows].to(dtype) @ key.to(dtype).transpose(-1, -2) * self.scale
-        length = scores.shape[-1]
+            query = self.query[rows, heads].to(dtype) * self.scale
+            key = self.for_every_head(self.key[rows])[:, heads].to(dtype)
+            # Added, not filled in: a tenth of the time, and what is added to is far below the rounding of the lowest.
+            return query @ key.transpose(-1, -2) + self._bias(rows, heads, dtype)
+
+    def _bias(self, rows: slice, heads: slice, dtype: torch.dtype) -> Tensor:
+        lowest, length = torch.finfo(dtype).min, self.query.shape[2]
         if self.mask is None:
-            seen = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
-        else:
-            seen = self.mask[rows] if self.mask.shape[0] > 1 else self.mask
-        if seen.dtype == torch.bool:
-            scores = scores.masked_fill(~seen, torch.finfo(dtype).min)
-        else:
-            scores = scores + seen.to(dtype)
-        return torch.log_softmax(scores, dim=-1)
+            return torch.full((length, length), lowest, dtype=dtype, device=self.query.device).triu(1)
+        mask = self.mask[rows] if self.mask.shape[0] > 1 else self.mask
+        mask = mask[:, heads] if mask.shape[1] > 1 else mask
+        if mask.dtype == torch.bool:
+            return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, lowest)
+        return mask.to(dtype).clamp(min=lowest)
 
     def for_every_head(self, tensor: Tensor) -> Tensor:
         """Keys or values (batch, heads, length, size) repeated for the heads of queries that they serve."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from kronfold.base.errors import InputError
 from kronfold.distill.losses import LOSSES
+from kronfold.distill.top_k import TopK
 
 # Logit elements per inner block. On 2 cores with 2 MB of L2 each, 2^17 to 2^20 are equally good at a
 # vocabulary of 50,257 and 3.5x faster than 2^26. Elsewhere the whole chunk is one block, for fewer kernel
@@ -43,6 +44,7 @@ class _Run:
     head: nn.Module
     teacher_hidden: Tensor | None
     teacher_head: nn.Module | None
+    teacher_top: TopK | None
     labels: Tensor
     weights: Mapping[str, float]
     temperature: float
@@ -58,6 +60,7 @@ def chunked_loss(
     *,
     teacher_hidden: Tensor | None = None,
     teacher_head: nn.Module | None = None,
+    teacher_top: TopK | None = None,
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
 ) -> tuple[Tensor, Tensor]:
@@ -70,6 +73,7 @@ def chunked_loss(
         labels: (tokens,), already shifted; IGNORE where nothing is to be predicted.
         weights: loss name to its weight.
         teacher_hidden, teacher_head: the same of the teacher, for losses that need it; never differentiated.
+        teacher_top: instead of these two: the teacher's likeliest tokens, (tokens, ...), softened by `temperature`.
         chunk_tokens: at most this many tokens have their logits alive at a time.
 
     Returns:
@@ -78,12 +82,16 @@ def chunked_loss(
         Both in float32, or float64 for float64 logits.
 
     Raises:
-        InputError: an unknown loss name, or a loss that needs a teacher and none is given.
+        InputError: an unknown loss name, or a loss that needs a teacher and none is given, or too little of it.
     """
     needy = [name for name in weights if LOSSES.get(name).needs_teacher]
-    if needy and (teacher_hidden is None or teacher_head is None):
+    if teacher_top is not None:
+        all_logits = [name for name in needy if LOSSES.get(name).of_top_k is None]
+        if all_logits:
+            raise InputError(f"The loss {all_logits[0]!r} compares all logits; the likeliest ones alone do not do.")
+    elif needy and (teacher_hidden is None or teacher_head is None):
         raise InputError(f"The loss {needy[0]!r} compares with a teacher, but none was given; pass one or drop it.")
-    run = _Run(head, teacher_hidden, teacher_head, labels, dict(weights), temperature, chunk_tokens)
+    run = _Run(head, teacher_hidden, teacher_head, teacher_top, labels, dict(weights), temperature, chunk_tokens)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *parameters)):
         return _ChunkedLoss.apply(run, hidden, *parameters)
     return _accumulate(run, hidden, ())[0]
@@ -128,6 +136,7 @@ def _accumulate(
         for tensor, accumulator, gradient in zip(wanted, accumulators, gradients, strict=True):
             if gradient is not None:
                 (accumulator[rows] if tensor is hidden else accumulator).add_(gradient)
+        del logits, logit_gradient, gradients, gradient  # or they would live beside those of the next chunk
     if sums is None:
         sums = hidden.new_zeros(len(run.weights), dtype=_at_least_float32(hidden.dtype))
     # Not a dot product: autocast would take that in bfloat16.
@@ -142,7 +151,7 @@ def _losses_of_logits(run: _Run, logits: Tensor, rows: slice, differentiate: boo
     teacher_logits = None
     if run.teacher_head is not None and run.teacher_hidden is not None:
         teacher_logits = run.teacher_head(run.teacher_hidden[rows])
-    labels = run.labels[rows]
+    labels, top = run.labels[rows], None if run.teacher_top is None else run.teacher_top[rows]
     tokens, vocabulary = logits.shape
     dtype = _at_least_float32(logits.dtype)
     gradient = torch.empty_like(logits) if differentiate else None
@@ -153,8 +162,9 @@ def _losses_of_logits(run: _Run, logits: Tensor, rows: slice, differentiate: boo
         block = slice(start, start + step)
         student = logits[block].to(dtype).requires_grad_(differentiate)
         teacher = None if teacher_logits is None else teacher_logits[block].to(dtype)
+        likeliest = None if top is None else top[block]
         with torch.set_grad_enabled(differentiate):
-            parts = [loss.function(student, teacher, labels[block], run.temperature) for loss in losses]
+            parts = [loss.value(student, teacher, likeliest, labels[block], run.temperature) for loss in losses]
         sums += torch.stack([part.detach() for part in parts])
         if gradient is not None:
             gradient[block] = torch.autograd.grad(parts, student, weights)[0]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kronfold.base.registry import Registry
+from kronfold.distill.top_k import TopK, bucketed_kl
 
 IGNORE = -100
 
@@ -24,12 +25,33 @@ class LossFunction(Protocol):
     ) -> Tensor: ...
 
 
+class TopKLossFunction(Protocol):
+    def __call__(self, student_logits: Tensor, teacher: TopK, labels: Tensor, temperature: float) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Loss:
-    """A loss and what it must be given. With `needs_teacher` False, teacher_logits may be None."""
+    """A loss and what it must be given. With `needs_teacher` False, teacher_logits may be None.
+
+    `of_top_k`: the same where only the likeliest tokens of the teacher are known; None where that says too little.
+    """
 
     function: LossFunction
     needs_teacher: bool
+    of_top_k: TopKLossFunction | None = None
+
+    def value(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        teacher_top: TopK | None,
+        labels: Tensor,
+        temperature: float,
+    ) -> Tensor:
+        """By whichever of the two the teacher is known."""
+        if teacher_top is not None and self.of_top_k is not None:
+            return self.of_top_k(student_logits, teacher_top, labels, temperature)
+        return self.function(student_logits, teacher_logits, labels, temperature)
 
 
 def count_tokens(labels: Tensor) -> Tensor:
@@ -54,6 +76,12 @@ def kl(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, te
     return temperature**2 * per_token.masked_fill(labels.eq(IGNORE), 0.0).sum()
 
 
+def kl_of_top_k(student_logits: Tensor, teacher: TopK, labels: Tensor, temperature: float) -> Tensor:
+    """The same over the k likeliest tokens of the teacher, softened by the same T, and one bucket of all others."""
+    per_token = bucketed_kl(student_logits, teacher, temperature)
+    return temperature**2 * per_token.masked_fill(labels.eq(IGNORE), 0.0).sum()
+
+
 def logit_mse(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, temperature: float) -> Tensor:
     """Squared error to the teacher's logits divided by T, mean over the vocabulary, summed over tokens."""
     assert teacher_logits is not None
@@ -74,7 +102,7 @@ def teacher_mse(student_logits: Tensor, teacher_logits: Tensor | None, labels: T
 
 LOSSES: Registry[Loss] = Registry("loss")
 LOSSES.register("ce", Loss(ce, needs_teacher=False))
-LOSSES.register("kl", Loss(kl, needs_teacher=True))
+LOSSES.register("kl", Loss(kl, needs_teacher=True, of_top_k=kl_of_top_k))
 LOSSES.register("logit_mse", Loss(logit_mse, needs_teacher=True))
 
 # What takes the place of a loss, and its name, where one number is predicted and not a distribution.

@@ -63,6 +63,8 @@ class Method(nn.Module):
     needs_teacher_always: ClassVar[bool] = False
     trains_teacher: ClassVar[bool] = False
     makes_inputs: ClassVar[bool] = False
+    # Nothing of the teacher but its likeliest tokens is needed, at one temperature throughout: it may lie on disk.
+    learns_from_top_k: ClassVar[bool] = False
 
     def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__()

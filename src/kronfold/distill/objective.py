@@ -20,6 +20,7 @@ from kronfold.distill.losses import IGNORE, LOSSES, REGRESSION_LOSSES, count_tok
 from kronfold.distill.method import Method
 from kronfold.distill.methods import METHODS
 from kronfold.distill.signals import START, Batch, Moment, Signals, at_least_float32, causal_weights, sequence_weights
+from kronfold.distill.top_k import TopK
 
 Extra = Callable[[Batch], tuple[dict[str, Tensor], Tensor | None]]
 
@@ -132,6 +133,7 @@ class Objective:
         moment: Moment = START,
         signals: tuple[Signals, Signals] | None = None,
         extra: Extra | None = None,
+        teacher_top: TopK | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to differentiate, and each named loss by itself (unweighted, detached).
 
@@ -146,6 +148,8 @@ class Objective:
             signals: of student and teacher, for methods with terms beyond the logits. These are means over the
                 predicting positions, divided as all else.
             extra: gives terms, and a number to add, on inputs of the method's own (`Method.extra_terms`).
+            teacher_top: (batch, length, ...), instead of teacher_hidden and teacher_head, for methods that
+                `learns_from_top_k`; at the temperature of the method.
 
         Raises:
             InputError: the objective needs a teacher and none is given.
@@ -157,7 +161,7 @@ class Objective:
         items = count_tokens(shifted).clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         weights = self.method.weights(moment)
         sides = (student_hidden, student_head), (teacher_hidden, teacher_head)
-        total, named = self._chunked(*sides, shifted, weights, moment, items)
+        total, named = self._chunked(*sides, shifted, weights, moment, items, teacher_top)
         if partner := self.method.partner_weights(moment):
             other, taught = self._chunked(sides[1], sides[0], shifted, partner, moment, items)
             total, named = total + other, named | {f"teacher_{name}": value for name, value in taught.items()}
@@ -174,6 +178,7 @@ class Objective:
         weights: Mapping[str, float],
         moment: Moment,
         items: Tensor | int,
+        top: TopK | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The losses of the logits of `learner` (hidden states, head), the other side held fixed."""
         (hidden, head), (other_hidden, other_head) = learner, other
@@ -190,6 +195,7 @@ class Objective:
             chosen,
             teacher_hidden=None if other_hidden is None else other_hidden.detach().flatten(0, 1),
             teacher_head=other_head,
+            teacher_top=None if top is None else top.flat(),
             temperature=self.method.temperature(moment),
             chunk_tokens=self.config.chunk_tokens,
         )

@@ -20,7 +20,7 @@ def check_pair(student: PreTrainedModel, teacher: PreTrainedModel | None = None,
         if is_classifier(teacher) != is_classifier(student):
             names = type(student).__name__, type(teacher).__name__
             faults.append(f"the student is a {names[0]} and the teacher a {names[1]}; both must do the same task")
-        sizes = _vocabulary(student), _vocabulary(teacher)
+        sizes = vocabulary(student), vocabulary(teacher)
         if sizes[0] != sizes[1]:
             faults.append(
                 f"the student reads {sizes[0]:,} tokens and the teacher {sizes[1]:,}. Both get the same input, so take "
@@ -37,14 +37,21 @@ def check_pair(student: PreTrainedModel, teacher: PreTrainedModel | None = None,
                 "pass copy.deepcopy(model) as the student"
             )
     for role, model in (("student", student), ("teacher", teacher)):
-        positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        if block is not None and positions is not None and block > positions:
-            faults.append(
-                f"blocks of {block:,} tokens are longer than the {positions:,} positions of the {role}; "
-                f"pack the text into blocks of at most {positions:,}"
-            )
+        if block is not None and model is not None:
+            faults += position_faults(role, model, block)
     if faults:
         raise InputError("Student and teacher do not fit: " + "; ".join(faults) + ".")
+
+
+def position_faults(role: str, model: PreTrainedModel, block: int) -> list[str]:
+    """A sentence where blocks of `block` tokens are longer than the model's positions."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None or block <= positions:
+        return []
+    return [
+        f"blocks of {block:,} tokens are longer than the {positions:,} positions of the {role}; "
+        f"pack the text into blocks of at most {positions:,}"
+    ]
 
 
 def is_classifier(model: nn.Module) -> bool:
@@ -96,7 +103,7 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
-def _vocabulary(model: PreTrainedModel) -> int:
+def vocabulary(model: PreTrainedModel) -> int:
     """Width of the logits, from the head where it says so (padding counts), else from the config."""
     head = model.get_output_embeddings()
     return int(getattr(head, "out_features", None) or model.config.vocab_size)

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kronfold.distill.attention import Attention
+from kronfold.distill.attention import Attention, RecordedAttention
 from kronfold.distill.losses import IGNORE
+from kronfold.distill.map_divergence import recorded_divergence
 
 # Elements of an attention map alive at a time and side: 16 rows of 1024 tokens and 2 heads, 128 MB in float32.
 _MAP_ELEMENTS = 1 << 25
@@ -104,6 +105,15 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 def attention_divergence(student: Attention, teacher: Attention, batch: Batch) -> Tensor:
     """KL(teacher ‖ student) of the attention maps, mean over heads, then as `Batch.mean` over queries."""
+    if isinstance(student, RecordedAttention) and isinstance(teacher, RecordedAttention):
+        learning = torch.is_grad_enabled() and (teacher.query.requires_grad or teacher.key.requires_grad)
+        if not learning:
+            return recorded_divergence(student, teacher, batch.weights)
+    return _eager_divergence(student, teacher, batch)
+
+
+def _eager_divergence(student: Attention, teacher: Attention, batch: Batch) -> Tensor:
+    """The same from whatever gives maps, differentiable by both sides."""
 
     def per_query(rows: slice) -> Tensor:
         mine, other = student.log_map(rows), teacher.log_map(rows)

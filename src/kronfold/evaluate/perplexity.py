@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from kronfold.base.errors import CheckpointError, DataError, InputError, suggest
-from kronfold.data.packing import encode_documents
+from kronfold.data.encode import token_stream
 from kronfold.data.sources import documents
 from kronfold.evaluate.forward import in_turn, split_head
 
@@ -150,8 +150,8 @@ def _documents(text: str | Path | Iterable[str], protocol: Protocol) -> Iterable
     return documents(text)
 
 
-def _encode(texts: Iterable[str], tokenizer: Any, protocol: Protocol) -> tuple[torch.Tensor, int, int]:
-    """The token ids of the joined text (1-D int64), its words and its UTF-8 bytes."""
+def _encode(texts: Iterable[str], tokenizer: Any, protocol: Protocol) -> tuple[np.ndarray, int, int]:
+    """The token ids of the joined text (1-D), its words and its UTF-8 bytes."""
     if protocol.join is not None:
         texts = [protocol.join.join(texts)]
     elif tokenizer.eos_token_id is None:
@@ -165,13 +165,10 @@ def _encode(texts: Iterable[str], tokenizer: Any, protocol: Protocol) -> tuple[t
             text_bytes += len(text.encode())
             yield text
 
-    pieces: list[np.ndarray] = []
-    for ids in encode_documents(counted(), tokenizer):
-        if pieces and protocol.join is None:
-            pieces.append(np.array([tokenizer.eos_token_id], dtype=np.int64))
-        pieces.append(np.array(ids, dtype=np.int64))
-    joined = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
-    return torch.from_numpy(joined), words, text_bytes
+    end = tokenizer.eos_token_id if protocol.join is None else None
+    pieces = list(token_stream(counted(), tokenizer, end=end))
+    joined = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.uint16)
+    return joined if end is None else joined[:-1], words, text_bytes
 
 
 def _windows(length: int, protocol: Protocol) -> Iterator[tuple[int, int, int]]:
@@ -189,7 +186,7 @@ def _windows(length: int, protocol: Protocol) -> Iterator[tuple[int, int, int]]:
 
 def _window_losses(
     model: Any,
-    ids: torch.Tensor,
+    ids: np.ndarray,
     windows: list[tuple[int, int, int]],
     batch_size: int | None,
     progress: Callable[[int, int], None] | None,
@@ -204,10 +201,11 @@ def _window_losses(
     model.eval()
 
     def losses(batch: list[tuple[int, int, int]]) -> list[tuple[float, int]]:
-        inputs = torch.stack([ids[start:end] for start, end, _ in batch]).to(model.device)
+        read = np.stack([ids[start:end] for start, end, _ in batch]).astype(np.int64)
+        inputs = torch.from_numpy(read).to(model.device)
         return [
-            (_loss(row[first - start - 1 : end - start - 1], head, ids[first:end].to(row.device), rows), end - first)
-            for row, (start, end, first) in zip(body(inputs), batch, strict=True)
+            (_loss(states[first - start - 1 : -1], head, tokens[first - start :], rows), end - first)
+            for states, tokens, (start, end, first) in zip(body(inputs), inputs, batch, strict=True)
         ]
 
     try:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from kronfold.base.files import cache_directory
+from kronfold.base.cache import cache_directory
 
 FORMAT_VERSION = 1
 BACKWARD_PRODUCTS = 3.0  # a product with gradients is three: outputs, gradients of the inputs, of the weight

@@ -355,7 +355,6 @@ def _document(
             },
             "eval": {name: Path(source).name for name, source in options.eval_texts.items()},
             "lambada": Path(options.lambada).name if options.lambada else None,
-            "calibration": next((found.to_dict() for found in state.calibrations.values()), None),
         },
         teacher=teacher,
         controls={"dense_finetuned": dense},

@@ -10,10 +10,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kronfold.base import processes, results
-from kronfold.base.errors import OutputError
-from kronfold.base.files import check_output
+from kronfold.base.files import check_output, work_directory
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
+from kronfold.distill.stored import StoredTeacher
 from kronfold.evaluate.perplexity import perplexity
 from kronfold.evaluate.texts import open_text
 from kronfold.models.cost import cost
@@ -38,6 +38,7 @@ def heal_to(
     device: str = "cpu",
     dtype: str | None = None,
     micro_batch: int | None = None,
+    offline_teacher: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     report: Callable[[str, int, int], None] = lambda what, done, total: None,
@@ -46,18 +47,24 @@ def heal_to(
 
     Trainer checkpoints live in `<output>.partial` until the end; `resume` continues from them, with another number of
     processes too. `micro_batch`: see `split_batch`; it changes speed and memory only.
+    `offline_teacher`: directory that `kronfold teach` made of `teacher` and `train_text`; `teacher` is then measured
+    but takes no part in the training, and the blocks are those stored, read as often as the budget asks for.
     Returns the results document. Raises OutputError, CheckpointError, DataError, before training starts.
     """
     processes.start(device)
     processes.on_main(lambda: check_output(output, overwrite))
-    objective_of(recipe)
+    stored = StoredTeacher(offline_teacher) if offline_teacher else None
+    objective = objective_of(recipe)
+    if stored:
+        stored.check_objective(objective)
     split_batch(recipe.batch_size, micro_batch)
     saved_dtype = read_dtype(dtype) if dtype else None
-    work = processes.on_main(lambda: _work_directory(output, resume, overwrite))
+    work = processes.on_main(lambda: work_directory(output, resume, overwrite))
     model, original = load_model(student, device=device), load_model(teacher, device=device)
-    tokenizer = load_tokenizer(student)
-    size = min(1024, getattr(model.config, "max_position_embeddings", 1024))
-    blocks = processes.on_main(lambda: pack(documents(train_text), tokenizer, size, max_tokens=recipe.tokens))
+    tokenizer, teacher_cost = load_tokenizer(student), cost(original).to_dict()
+    if stored:
+        stored.check_teacher(original)
+    blocks = processes.on_main(lambda: _blocks(train_text, tokenizer, model, recipe.tokens, stored))
 
     def measure(subject: PreTrainedModel, what: str) -> float | None:
         if eval_text is None:
@@ -68,8 +75,10 @@ def heal_to(
         ).perplexity  # fmt: skip
 
     teacher_perplexity, before = measure(original, "the teacher"), measure(model, "before healing")
+    guide = stored or original
+    del original  # with an offline teacher its memory is free now
     healed = heal_by(
-        recipe, model, original, blocks,
+        recipe, model, guide, blocks,
         seed=seed, output_dir=work, resume=resume, micro_batch=micro_batch,
         progress=lambda step, total, _logs: report("heal", step, total),
     )  # fmt: skip
@@ -81,7 +90,8 @@ def heal_to(
         objective=recipe.objective.model_dump(),
         protocol=protocol if eval_text else None,
         data={"heal": {"source": Path(train_text).name, "tokens": blocks.tokens, "sha256": blocks.sha256}},
-        teacher={**cost(original).to_dict(), "perplexity": teacher_perplexity},
+        teacher={**teacher_cost, "perplexity": teacher_perplexity},
+        **({"offline_teacher": stored.manifest.to_dict()} if stored else {}),
         **cost(model).to_dict(),
         stages=[_stage_entry(healed, before, after)],
     )
@@ -92,6 +102,21 @@ def heal_to(
 
     processes.on_main(save)
     return document
+
+
+def _blocks(
+    train_text: str, tokenizer: Any, student: PreTrainedModel, tokens: int, stored: StoredTeacher | None
+) -> TokenBlocks:
+    """What to heal on; with an offline teacher its own blocks, however many the budget asks for. Raises DataError,
+    InputError when the text is not that of the offline teacher.
+    """
+    size = min(1024, getattr(student.config, "max_position_embeddings", 1024))
+    if stored is None:
+        return pack(documents(train_text), tokenizer, size, max_tokens=tokens)
+    manifest = stored.manifest
+    blocks = pack(documents(train_text), tokenizer, manifest.block_size, max_tokens=manifest.tokens)
+    stored.beside(blocks)
+    return blocks
 
 
 def _stage_entry(healed: HealResult, before: float | None, after: float | None) -> dict[str, Any]:
@@ -106,20 +131,10 @@ def _stage_entry(healed: HealResult, before: float | None, after: float | None) 
     }
 
 
-def _work_directory(output: str | Path, resume: bool, overwrite: bool) -> Path:
-    """`<output>.partial`, emptied unless the job there is to be resumed. Raises OutputError when one lies there."""
-    work = Path(output).with_name(Path(output).name + ".partial")
-    if work.is_dir() and any(work.iterdir()) and not resume:
-        if not overwrite:
-            raise OutputError(f"An unfinished job lies in {work}. Continue it with --resume, or pass --overwrite.")
-        shutil.rmtree(work)
-    return work
-
-
 def heal_by(
     recipe: HealRecipe,
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | StoredTeacher,
     blocks: TokenBlocks,
     *,
     seed: int,

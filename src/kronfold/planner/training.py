@@ -45,8 +45,8 @@ class TrainingJob:
         tokens: budget in all. block: tokens of a block. batch: blocks per optimiser step, over all processes.
         micro_batch: blocks a process takes at once, None for its whole share. processes: one for each device.
         precision: of matrix products; weights, gradients and the optimiser's state are fp32 always.
-        sharded: weights, gradients and optimiser split over the processes (FSDP2, which `heal` does not do yet), else a
-            copy in each (DDP).
+        sharded: weights, gradients and optimiser split over the processes (FSDP2, block by block), else a copy in each
+            (DDP).
         chunk: tokens whose logits are alive at once (`ObjectiveConfig.chunk_tokens`).
 
     Raises:
@@ -91,6 +91,9 @@ def training_cost(student: int, teacher: int, shape: TrainingShape, job: Trainin
 
     - weights 4 P / S, gradients 4 P / S, AdamW's two moments 8 P / S
     - buckets 4 P: DDP gathers the gradients in memory of its own (several processes, not sharded)
+    - gathered (4 + 4) (E + 2 B): when sharded, weights and gradients that are whole at one time: two blocks, the next
+      being fetched, and what stands outside the blocks, which the head needs from forward to backward. E is at most
+      V d, the dense embedding with its head tied; B is a block's share of the rest
     - copies 2 P: with bf16, autocast keeps a copy of every weight for the step
     - teacher 4 T, and with bf16 2 V d more, a copy of its head; in every process, it is not sharded
     - activations n L ((2 · 4 + 6 s) d + 5 s f) + 4 n · 3 d: in each block what two norms read, in fp32; with s bytes
@@ -107,11 +110,13 @@ def training_cost(student: int, teacher: int, shape: TrainingShape, job: Trainin
     tokens = job.at_once * job.block
     half = job.precision == "bf16"
     block = (2 * 4 + 6 * width) * shape.width + 5 * width * shape.hidden
+    outside = min(student, shape.vocabulary * shape.width)
     memory = {
         "weights": math.ceil(4 * student / parts),
         "gradients": math.ceil(4 * student / parts),
         "optimiser": math.ceil(8 * student / parts),
         "buckets": 4 * student if job.processes > 1 and not job.sharded else 0,
+        "gathered": 8 * (outside + 2 * math.ceil((student - outside) / shape.layers)) if job.sharded else 0,
         "copies": 2 * student if half else 0,
         "teacher": 4 * teacher + (2 * shape.vocabulary * shape.width if half and teacher else 0),
         "activations": tokens * (shape.layers * block + 4 * 3 * shape.width),

@@ -120,6 +120,7 @@ _PARTS = {
     "gradients": "their gradients",
     "optimiser": "AdamW's two moments",
     "buckets": "DDP's buckets of gradients",
+    "gathered": "what FSDP2 gathers for a moment",
     "copies": "bf16 copies of the weights",
     "teacher": "the teacher",
     "activations": "activations of a micro-batch",

@@ -3,6 +3,7 @@
 from kronfold.train.config import HealConfig
 from kronfold.train.heal import HealResult, heal
 from kronfold.train.precision import bf16_is_fast
+from kronfold.train.store_teacher import store_teacher
 from kronfold.train.trainer import DistillationTrainer
 
-__all__ = ["DistillationTrainer", "HealConfig", "HealResult", "bf16_is_fast", "heal"]
+__all__ = ["DistillationTrainer", "HealConfig", "HealResult", "bf16_is_fast", "heal", "store_teacher"]

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 
 from kronfold.base.errors import InputError
 from kronfold.distill import ObjectiveConfig
+from kronfold.train.activations import fused_gelu
 from kronfold.train.heal import left_as_found, without_dropout
 from kronfold.train.order import ShuffledStream
 from kronfold.train.precision import bf16_is_fast
@@ -139,6 +140,7 @@ def fine_tune(
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(left_as_found(student, teacher))
+        stack.enter_context(fused_gelu(student, teacher))
         if not config.dropout:
             stack.enter_context(without_dropout(student))
         student.float()
@@ -173,7 +175,7 @@ def _arguments(config: FineTuneConfig, steps: int, place: str, device: str) -> T
         warmup_steps=math.ceil(config.warmup * steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        bf16=bf16_is_fast("cpu" if on_cpu else "cuda") and not on_cpu,
+        bf16=bf16_is_fast("cpu" if on_cpu else "cuda"),
         use_cpu=on_cpu,
         seed=config.seed,
         logging_strategy="no",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +20,9 @@ from transformers.trainer_utils import SaveStrategy
 
 from kronfold.base import processes
 from kronfold.base.errors import DataError, InputError
-from kronfold.distill import Objective
-from kronfold.train import checkpoints
+from kronfold.distill import Method, Objective
+from kronfold.distill.stored import StoredTeacher
+from kronfold.train import checkpoints, sharded
 from kronfold.train.activations import fused_gelu
 from kronfold.train.config import HealConfig
 from kronfold.train.order import ShuffledStream
@@ -63,7 +63,7 @@ class HealResult:
 
 def heal(
     student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: PreTrainedModel | StoredTeacher | None,
     data: Dataset,
     *,
     device: str | torch.device | None = None,
@@ -84,7 +84,8 @@ def heal(
 
     Args:
         student: trained in place; its parameters are float32 afterwards, its mode and config are as before.
-        teacher: the same afterwards, though on the training device. None when the objective needs none.
+        teacher: the same afterwards, though on the training device. None when the objective needs none. An offline
+            teacher of this very data (`store_teacher`) serves method kd, and no teacher is run.
         data: map-style dataset of {"input_ids", "labels"}, integer blocks of one length.
         device: where to train: "cpu", "cuda", or None for the Trainer's choice (a GPU when there is one).
         output_dir: where checkpoints go, plain `save_pretrained` directories with the state of the run
@@ -96,16 +97,21 @@ def heal(
         options: the fields of `HealConfig`: tokens or steps, batch_size, learning_rate, objective, seed, ...
 
     Raises:
-        InputError: options, budget, method or pair that cannot be used; a loss that is no longer finite.
+        InputError: options, budget, method or pair that cannot be used, an offline teacher of another text, method or
+            temperature; a loss that is no longer finite.
         DataError: no blocks, or blocks that are not integers of one length.
         OutputError, CheckpointError: output_dir is taken or cannot be written, or is of another run.
     """
     config = HealConfig.from_options(**options)
-    _check_launch()
+    objective = Objective(config.objective)
+    _check_launch(objective.method)
     if output_dir is None and (resume or config.save_steps):
         raise InputError("resume and save_steps need checkpoints; say where with output_dir.")
-    block, fingerprint = _inspect(data)
-    check_objective(Objective(config.objective), student, teacher, config.seed, block)
+    block, fingerprint = inspect_blocks(data)
+    check_objective(objective, student, teacher, config.seed, block)
+    if isinstance(teacher, StoredTeacher):
+        data = teacher.beside(data)
+        fingerprint["offline_teacher"] = teacher.manifest.to_dict() | {"about": None}
     with contextlib.ExitStack() as stack:
         place = Path(output_dir) if output_dir else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         args = _arguments(config, student, place, device)
@@ -135,7 +141,7 @@ def heal(
 
 def _train(
     student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: PreTrainedModel | StoredTeacher | None,
     data: Dataset,
     config: HealConfig,
     args: TrainingArguments,
@@ -144,8 +150,9 @@ def _train(
 ) -> tuple[TrainerState, float]:
     """(state at the end, seconds of the loop). The models are as before, but for the student's weights."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(left_as_found(student, teacher))
-        stack.enter_context(fused_gelu(student, teacher))
+        models = student, None if isinstance(teacher, StoredTeacher) else teacher
+        stack.enter_context(left_as_found(*models))
+        stack.enter_context(fused_gelu(*models))
         if not config.dropout:
             stack.enter_context(without_dropout(student))
         student.float()
@@ -158,21 +165,20 @@ def _train(
         return trainer.state, time.perf_counter() - start
 
 
-def _check_launch() -> None:
-    """Raises InputError where accelerate was told to split the student itself over the processes.
-
-    Its parameters would then be shards after the training, in which nothing here could measure or save it.
-    """
-    for name, what in (("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+def _check_launch(method: Method) -> None:
+    """Raises InputError where accelerate was told to split the student in a way that healing cannot follow."""
+    if sharded.asked():
+        sharded.check(method)
+    for name, what in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
+        if processes.launcher_says(f"ACCELERATE_USE_{name}"):
             raise InputError(
-                f"Healing under {what} is not supported: each process needs the whole student. Start it with DDP "
-                "(torchrun, or accelerate launch with `distributed_type: MULTI_GPU`), with a smaller --micro-batch "
-                "where memory is short."
+                f"Healing under {what} is not supported. Start it with DDP (torchrun, or accelerate launch with "
+                "`distributed_type: MULTI_GPU`) or, where memory is short, with FSDP2 (`distributed_type: FSDP`, "
+                "`fsdp_version: 2`)."
             )
 
 
-def _inspect(data: Dataset) -> tuple[int, dict[str, Any]]:
+def inspect_blocks(data: Dataset) -> tuple[int, dict[str, Any]]:
     """(tokens per block, what tells this data from other data when resuming). Raises DataError."""
     count = len(data)  # type: ignore[arg-type]
     if count == 0:

@@ -16,7 +16,9 @@ from kronfold.distill import Moment, Objective, ObjectiveConfig, Signals, check_
 from kronfold.distill.divergence import Pair
 from kronfold.distill.losses import LOSSES
 from kronfold.distill.objective import Extra
-from kronfold.train import companion
+from kronfold.distill.stored import StoredTeacher
+from kronfold.distill.top_k import TopK
+from kronfold.train import companion, sharded
 from kronfold.train.passes import observed
 
 
@@ -33,9 +35,13 @@ class DistillationTrainer(Trainer):
     `attention_mask` and `labels` (batch,), padded by the collator given as `data_collator`; `evaluate` and `predict`
     hand the logits to `compute_metrics` as always. `num_items_in_batch` counts sequences then, not tokens.
 
+    Where accelerate's configuration asks for FSDP2, a copy of the student is trained in shards (`trainer.model`). The
+    student itself receives the weights at every checkpoint and at the end of `train` (`kronfold.train.sharded`).
+
     Args:
         model: the student. Called with `logits_to_keep=1`; its forward hooks and any DDP wrapper run as usual.
-        teacher: may be None when the objective needs none (the dense fine-tuning control: weight of `kl` 0).
+        teacher: may be None when the objective needs none (the dense fine-tuning control: weight of `kl` 0). Of an
+            offline teacher the rows are expected in the items of the dataset, as `StoredTeacher.beside` gives them.
         objective: method, weights, temperature and chunk size.
         train_dataset: items of `input_ids` and `labels`, in the order wanted: it is read from first to last.
 
@@ -47,18 +53,25 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel,
-        teacher: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | StoredTeacher | None = None,
         objective: ObjectiveConfig | None = None,
         *,
         args: TrainingArguments,
         **options: Any,
     ) -> None:
         self.objective: Objective = Objective(objective)
-        teacher = teacher if self.objective.config.needs_teacher else None
         check_objective(self.objective, model, teacher, args.seed)
+        if isinstance(teacher, StoredTeacher):
+            teacher, args.remove_unused_columns = None, False  # its rows are columns that no model asks for
+        teacher = teacher if self.objective.config.needs_teacher else None
         self.classifies = is_classifier(model)
         for one in () if self.classifies else (model, *([teacher] if teacher is not None else [])):
             check_head(one)
+        self.whole: PreTrainedModel | None = None
+        if sharded.asked():
+            if teacher is not None:
+                sharded.check_teacher(teacher)
+            self.whole, model = model, sharded.twin(model)
         if args.n_gpu > 1:
             args._n_gpu = 1  # several GPUs are for torchrun; nn.DataParallel would copy the student each step
         super().__init__(model=model, args=args, **options)
@@ -88,6 +101,28 @@ class DistillationTrainer(Trainer):
         frozen = not self.objective.method.trains_teacher
         self.teacher_head = copy.deepcopy(head).to(torch.bfloat16) if self.args.bf16 and frozen else head
 
+    def create_accelerator_and_postprocess(self) -> None:
+        if self.whole is None:
+            super().create_accelerator_and_postprocess()
+            return
+        # Reducing after every micro-batch keeps gradients in shards; waiting for the last would hold whole ones.
+        self.args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
+        super().create_accelerator_and_postprocess()
+        sharded.enable(self.accelerator)
+        self.is_fsdp_enabled = True
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """As `Trainer.train`; the student holds the trained weights afterwards, on the training device."""
+        if self.whole is None:
+            return super().train(*args, **options)
+        try:
+            with sharded.views_allowed():
+                found = super().train(*args, **options)
+            sharded.gather(self.model, self.whole)
+        finally:
+            nn.Module.to(self.whole, self.args.device)
+        return found
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         data: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(data)
@@ -96,10 +131,20 @@ class DistillationTrainer(Trainer):
         """The stock optimiser; parameters of the method are a group of their own, without weight decay."""
         made = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        own = self.objective.method.companions
-        if made and own:
-            optimizer.add_param_group({"params": own, "weight_decay": 0.0})
+        if made and self.whole is None:
+            self._add_companions(optimizer)
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The stock schedule. By now accelerate has split the student, and put the shards into the optimiser."""
+        if self.whole is not None:
+            sharded.keep_head_whole(self.model)
+            self._add_companions(self.optimizer)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _add_companions(self, optimizer: Any) -> None:
+        if own := self.objective.method.companions:
+            optimizer.add_param_group({"params": own, "weight_decay": 0.0})
 
     def compute_loss(
         self,
@@ -125,7 +170,7 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, features: dict[str, Any], labels: Tensor, items: Tensor | int | None
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """(loss, named losses, nothing) of blocks of text."""
-        teacher_hidden, teacher_signals = None, Signals()
+        teacher_hidden, teacher_signals, top = None, Signals(), TopK.taken_from(features)
         if self.teacher is not None:
             run = self.teacher.base_model  # its head is left to the objective
             out, teacher_signals = self._watch_teacher(lambda **more: run(**features, use_cache=False, **more))
@@ -134,9 +179,11 @@ class DistillationTrainer(Trainer):
             model, lambda **more: model(**features, logits_to_keep=1, use_cache=False, **more), hidden=True
         )
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        head = head if self.whole is None else sharded.Bare(head)
         loss, named = self.objective(
             out.hidden_states[-1], head, teacher_hidden, self.teacher_head, labels, items,
             moment=self._moment, signals=(signals, teacher_signals), extra=self._extra(model, head, features),
+            teacher_top=top,
         )  # fmt: skip
         return self._through_all(loss, out), named, {}
 
@@ -159,12 +206,13 @@ class DistillationTrainer(Trainer):
         return self._through_all(loss, out), named, {"logits": out.logits.detach()}
 
     def _through_all(self, loss: Tensor, out: Any) -> Tensor:
-        """DDP waits for a gradient of every parameter that the outputs depend on.
+        """DDP waits for a gradient of every parameter that the outputs depend on; FSDP2 follows the outputs alone.
 
         An objective without a loss of the logits gives none to the head, nor to blocks above the last it compares; then
         zeros are sent there.
         """
-        if self.accelerator.num_processes == 1 or any(n in LOSSES for n in self.objective.method.weights(self._moment)):
+        reached = any(name in LOSSES for name in self.objective.method.weights(self._moment))
+        if self.whole is None and (self.accelerator.num_processes == 1 or reached):
             return loss
         ends = [out.logits, *(out.hidden_states or ())[-1:]]
         return loss + 0 * sum(end.float().sum() for end in ends)
@@ -210,13 +258,34 @@ class DistillationTrainer(Trainer):
                 "Free some space and resume, or choose another place."
             ) from error
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.whole is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        sharded.gather(self.model, self.whole)
+        if self.args.should_save:
+            self.whole.save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.whole is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        sharded.read_weights(resume_from_checkpoint, self.whole)
+        sharded.scatter(self.whole, self.model)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+        if self.whole is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+        else:
+            sharded.save_state(self.optimizer, self.lr_scheduler, output_dir if self.args.should_save else None)
         if self.args.should_save:
             companion.save(self.objective.method, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.whole is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            sharded.load_state(self.optimizer, self.lr_scheduler, checkpoint)
         if checkpoint is not None:
             companion.load(self.objective.method, checkpoint)
 
@@ -232,10 +301,20 @@ class DistillationTrainer(Trainer):
 
 
 def check_objective(
-    objective: Objective, student: PreTrainedModel, teacher: PreTrainedModel | None, seed: int, block: int | None = None
+    objective: Objective,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | StoredTeacher | None,
+    seed: int,
+    block: int | None = None,
 ) -> None:
     """Everything that can be wrong between an objective and a pair, and `objective.bind`. Raises InputError."""
     config = objective.config
+    if isinstance(teacher, StoredTeacher):
+        teacher.check_objective(config)
+        teacher.check_student(student)
+        check_pair(student, None, block)
+        objective.bind(student, None, seed)
+        return
     if config.needs_teacher and teacher is None:
         cause = "kl is above 0" if config.weights.get("kl") else f"method {config.method} compares with one"
         way_out = "set kl to 0" if config.weights.get("kl") and config.method == "kd" else "choose method kd with kl 0"

@@ -6,8 +6,12 @@ are those of `kronfold.distill.losses`; nothing else is compared.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from kronfold.distill.method import Method
 
 
 class KD(Method):
     """`ce` and `kl` with the weights and the temperature of the config, the same at every step."""
+
+    learns_from_top_k: ClassVar[bool] = True
