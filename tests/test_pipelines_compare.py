@@ -218,9 +218,9 @@ def test_table_and_page(finished):
     assert "<script>alert" not in hostile
 
 
-def test_the_terminal_table_is_whole_at_100_columns(finished):
+def test_the_terminal_table_is_whole_at_80_columns(finished):
     _, document = finished
-    console = Console(width=100, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(comparison_table(document))
     text = console.export_text()
     for row in document["rows"]:

@@ -140,6 +140,7 @@ def comparison_table(document: Document) -> RenderableType:
         ["Model", "Held", "Before", "Healed", "Excess", *map(escape, others), *_lambada_title(document), "Speed"],
         1,
     )
+    table.collapse_padding, table.show_edge = True, False  # eight columns: names stay whole at 80 characters
     for row in compared(document):
         texts = [numbers.perplexity(row.entry["perplexities"][text]) for text in others]
         passages = [f"{row.entry['lambada']['accuracy']:.1%}"] if _lambada_title(document) else []
@@ -154,7 +155,7 @@ def comparison_table(document: Document) -> RenderableType:
             "" if row.is_control else f"{row.speed:.2f} x",
             style="dim" if row.is_control else None,
         )
-    return Group(table, *(Text(note) for note in notes(document)))
+    return Group(table, Text(), *(Text(note) for note in notes(document)))
 
 
 def _lambada_title(document: Document) -> list[str]:
