@@ -367,6 +367,13 @@ def test_boilerplate_keeps_the_white_space_of_what_stays(tmp_path, options):
     assert text == "\n".join([*lines[:3], *lines[4:]])
 
 
+def test_blank_lines_of_white_space_are_no_repeats(tmp_path):
+    lines = [f" {line} " for line in CLEAN]
+    source = write(tmp_path / "in.jsonl", ["\n \n".join(lines), "\n \n".join(lines[:1] * 6)])
+    clean(source, tmp_path / "out", filters=["repetition"])
+    assert list(documents(tmp_path / "out")) == ["\n \n".join(lines)]
+
+
 def test_command_line(tmp_path, call):
     source = write(tmp_path / "in.jsonl", [*CLEAN[:4], CLEAN[0]])
     code, out, _ = call("data", "clean", source, "-o", tmp_path / "a", "--filters", "exact", "--json")

@@ -113,6 +113,8 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, killed_at):
     found = heal(student, teacher, data, output_dir=tmp_path, resume=True, **options)
     assert found.resumed_from == killed_at - killed_at % 2
     assert (found.steps, found.tokens) == (true.steps, true.tokens)
+    assert found.seconds_in_all == pytest.approx(found.seconds * 10 / (10 - found.resumed_from))
+    assert true.seconds_in_all == pytest.approx(true.seconds)
     torch.testing.assert_close(weights(student), weights(whole), rtol=0, atol=0)
     assert [(e["step"], e["loss"], e["kl"]) for e in found.losses] == [
         (e["step"], e["loss"], e["kl"]) for e in true.losses

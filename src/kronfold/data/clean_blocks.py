@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.filters import C4QualityFilter
+from datatrove.pipeline.filters import C4QualityFilter, GopherRepetitionFilter
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.filters.c4_filters import CITATION_REGEX
 from datatrove.pipeline.formatters import FTFYFormatter
@@ -185,6 +185,18 @@ class BoilerplateLines(C4QualityFilter):
             lines = [CITATION_REGEX.sub("", line) for line in lines]
         doc.text = "\n".join(line for line in lines if line.strip() in kept)
         return True
+
+
+class RepeatedLines(GopherRepetitionFilter):
+    """Gopher's rules on lines as they read: one of white space only is a blank line, not a repeated one.
+
+    WikiText has a space before every line, blank ones too: taken for repeats, these cost 22 of 339 clean sections.
+    """
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        plain = "\n".join(line.strip() for line in doc.text.split("\n"))
+        found: bool | tuple[bool, str] = super().filter(Document(text=plain, id=doc.id))
+        return found
 
 
 class DropEmpty(BaseFilter):

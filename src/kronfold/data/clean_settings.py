@@ -25,7 +25,7 @@ _CLASSES = {
     "unicode": ("datatrove.pipeline.formatters", "FTFYFormatter"),
     "boilerplate": ("kronfold.data.clean_blocks", "BoilerplateLines"),
     "language": ("datatrove.pipeline.filters", "LanguageFilter"),
-    "repetition": ("datatrove.pipeline.filters", "GopherRepetitionFilter"),
+    "repetition": ("kronfold.data.clean_blocks", "RepeatedLines"),
     "quality": ("datatrove.pipeline.filters", "GopherQualityFilter"),
     "minhash": ("datatrove.pipeline.dedup.minhash", "MinhashConfig"),
 }

@@ -273,7 +273,7 @@ def _dense(state: _Comparison) -> dict[str, Any]:
         **state.measure(model, who),
         "learning_rate": _DENSE_LEARNING_RATE,
         "heal_tokens": healed.tokens,
-        "heal_seconds": round(healed.seconds, 1),
+        "heal_seconds": round(healed.seconds_in_all, 1),
         "losses": healed.losses,
     }
 

@@ -126,7 +126,7 @@ def _stage_entry(healed: HealResult, before: float | None, after: float | None) 
         "before_healing": before,
         "after_healing": after,
         "tokens": healed.tokens,
-        "seconds": healed.seconds,
+        "seconds": healed.seconds_in_all,
         "losses": healed.losses,
     }
 

@@ -209,7 +209,7 @@ def _dense_finetuned(state: Run) -> dict[str, Any]:
         recipe = stage.heal.model_copy(update={"objective": stage.heal.objective.from_labels_alone()})
         healed = _heal(state, model, recipe, f"fine-tune the dense model, stage {stage.name}", None, tokens)
         losses += [{**entry, "tokens": entry["tokens"] + tokens} for entry in healed.losses]
-        tokens, seconds = tokens + healed.tokens, seconds + healed.seconds
+        tokens, seconds = tokens + healed.tokens, seconds + healed.seconds_in_all
     found = state.perplexity(model, "the fine-tuned dense model")
     return {
         "perplexity": found["perplexity"],
@@ -272,7 +272,7 @@ def _stage(
         entry.update(
             after_healing=_stage_perplexity(state, student, f"{stage.name}, healed"),
             tokens=healed.tokens,
-            seconds=healed.seconds,
+            seconds=healed.seconds_in_all,
             losses=healed.losses,
         )
     entry["sample"] = state.text(student)

@@ -57,6 +57,11 @@ class HealResult:
     bf16: bool
     resumed_from: int | None
 
+    @property
+    def seconds_in_all(self) -> float:
+        """What the whole healing takes at this call's rate; `seconds` where nothing was left to do."""
+        return self.tokens / self.tokens_per_second if self.tokens_per_second else self.seconds
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
