@@ -8,6 +8,10 @@ parameters), in one process, interleaved, medians: dense `F.linear`; the layer a
 dense Kronecker product made on each call as peft's LoKr does, and where they are installed a two-core tensor-train
 matrix of tltorch and pyfastkron (those take no permutations and get none).
 
+In a model every layer reads other weights, so calls go round as many copies of a layer as hold --working-set megabytes
+of dense weights (256: more than the caches of most processors; 0 takes one copy, whose weights then stay in the cache:
+dense layers profit more, having more to read). It matters where a call has few tokens.
+
 Ratios are dense seconds over the layer's. The bar is 1.7 for rank-1 (1, 2) attention projections at 512 tokens and
 above, 0.95 for everything else; the limit is what the multiply-accumulates allow.
 """
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -145,29 +150,52 @@ def backward(
     return lambda: torch.autograd.grad(run(x), wanted, target, allow_unused=True)
 
 
+def in_turn(jobs: list[Job]) -> Job:
+    """A job that is another of `jobs` on each call, round and round."""
+    round_and_round = itertools.cycle(jobs)
+    return lambda: next(round_and_round)()
+
+
+def job_of(run: Any, parameters: Any, x: torch.Tensor, target: torch.Tensor, training: bool) -> Job:
+    return backward(run, x, list(parameters), target) if training else lambda: run(x)
+
+
+def ways_of(entry: dict[str, Any], dtype: torch.dtype, x: torch.Tensor, options: argparse.Namespace) -> dict[str, Any]:
+    """name -> (function of x, its parameters): one copy of all that is measured."""
+    layer = make_layer(entry["spec"], dtype, options.device)
+    dense = torch.nn.Linear(layer.in_features, layer.out_features, device=options.device, dtype=dtype)
+    found: dict[str, Any] = {"dense": (dense, dense.parameters()), "kronfold": (layer, layer.parameters())}
+    kept = make_layer(entry["spec"], dtype, options.device)
+    if kf.cache_dense(kept):
+        found["kept"] = (kept, ())
+    return found | (others(layer, x, options.installed) if len(x) in options.others else {})
+
+
 def measure(
     entry: dict[str, Any], dtype: torch.dtype, tokens: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """The rows of one shape, dtype and number of tokens: one for each pass."""
     layer = make_layer(entry["spec"], dtype, options.device)
-    dense = torch.nn.Linear(layer.in_features, layer.out_features, device=options.device, dtype=dtype)
     x = torch.randn(tokens, layer.in_features, device=options.device, dtype=dtype)
     target = torch.randn(tokens, layer.out_features, device=options.device, dtype=dtype)
-    ways: dict[str, Any] = {"dense": (dense, dense.parameters()), "kronfold": (layer, layer.parameters())}
-    if tokens in options.others:
-        ways |= others(layer, x, options.installed)
-    kept = make_layer(entry["spec"], dtype, options.device)
-    kept_bytes = kf.cache_dense(kept)
+    dense_bytes = layer.in_features * layer.out_features * dtype.itemsize
+    copies = max(1, round(options.working_set * 1e6 / dense_bytes)) if tokens < 512 else 1
+    sets = [ways_of(entry, dtype, x, options) for _ in range(copies)]
+    kept_bytes = kf.dense_cache_bytes(layer)
     rows = []
     for name in ("forward", "forward+backward"):
-        if name == "forward":
-            runs = {**{way: run for way, (run, _) in ways.items()}, **({"kept": kept} if kept_bytes else {})}
-            jobs: dict[str, Job] = {way: (lambda run=run: run(x)) for way, run in runs.items()}
-        else:
-            x.requires_grad_()
-            jobs = {way: backward(run, x, list(held), target) for way, (run, held) in ways.items()}
-        with torch.set_grad_enabled(name != "forward"):
+        training = name != "forward"
+        x.requires_grad_(training)
+        jobs = {
+            way: in_turn([job_of(*ways[way], x, target, training) for ways in sets])
+            for way in sets[0]
+            if not (training and way == "kept")
+        }
+        with torch.set_grad_enabled(training):
             jobs, failed = runnable(jobs)
+            for job in jobs.values():  # a kept weight is built on the first call of its layer
+                for _ in range(copies):
+                    job()
             seconds = interleaved(jobs, options.device, options.rounds)
         bar = bar_of(layer, entry["role"], tokens)
         ratio = seconds["dense"] / seconds["kronfold"]
@@ -176,6 +204,7 @@ def measure(
                 **entry,
                 "dtype": str(dtype).removeprefix("torch."),
                 "tokens": tokens,
+                "copies": copies,
                 "pass": name,
                 "way": chosen(layer, x, name != "forward"),
                 "seconds": seconds,
@@ -269,6 +298,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="torch threads; default: as torch has it")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds, whose median counts")
+    parser.add_argument("--working-set", type=float, default=256, help="megabytes of dense weights that calls go round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="few tokens, one round: does it run?")
     parser.add_argument("-o", "--output", type=Path, help="write every figure as JSON")

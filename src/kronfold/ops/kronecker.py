@@ -63,12 +63,12 @@ def _a_first(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return mix(b.permute(1, 2, 0).reshape(out_b, in_b * rank).to(t.dtype), t)
 
 
-def _b_first(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x (n, in_b, in_a) -> (n, out_b, out_a)."""
+def _b_first(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (n, in_b, in_a) -> (n, out_b, out_a); bias (out_a,) is added to each."""
     rank, out_a, in_a = a.shape
     _, out_b, in_b = b.shape
     t = mix(b.permute(1, 0, 2).reshape(out_b * rank, in_b), x).view(-1, out_b, rank * in_a)
-    return F.linear(t, a.transpose(0, 1).reshape(out_a, rank * in_a))
+    return F.linear(t, a.transpose(0, 1).reshape(out_a, rank * in_a), bias)
 
 
 def block_weight(a: Tensor, b: Tensor) -> Tensor:
@@ -228,6 +228,8 @@ def apply(
         weight = block_weight(a, b)
         weight = weight if gather_out is None else permuted(weight, gather_out, 0)
         return F.linear(inner.view(*lead, in_b * in_a), weight, bias)
+    if order == "b_first" and b.shape[1] == 1 and gather_out is None:  # the product's rows are the outputs
+        return _b_first(inner, a, b, bias).view(*lead, out_a)
     y = _a_first(inner, a, b) if order == "a_first" else _b_first(inner, a, b)
     y = _leave(y, gather_out).view(*lead, out_a * out_b)
     return y if bias is None else y + bias.to(y.dtype)

@@ -66,8 +66,14 @@ def measure_rates(device: str, dtype: torch.dtype, *, rounds: int = 7, tokens: i
 
 
 def interleaved(jobs: Mapping[str, Callable[[], object]], device: str, rounds: int) -> dict[str, float]:
-    """Median seconds of each job over `rounds` rounds in which all take turns; short jobs are repeated in a turn."""
-    repeats = {name: max(1, int(2e-3 / max(_seconds(job, device, 2), 1e-7))) for name, job in jobs.items()}
+    """Median seconds of each job over `rounds` rounds in which all take turns; short jobs are repeated in a turn.
+
+    The first calls of a job are not counted: they load libraries, start threads and build what is kept.
+    """
+    repeats = {}
+    for name, job in jobs.items():
+        _seconds(job, device, 2)
+        repeats[name] = max(1, int(2e-3 / max(_seconds(job, device, 2), 1e-7)))
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(rounds):
         for name, job in jobs.items():
