@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[list[str], float | None]] = {  # arguments of python, 
 def run(arguments: list[str], threads: int) -> tuple[float, float]:
     """Seconds of one fresh process: wall, processor."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else no run leaves the next one what it compiled
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
     wall = time.perf_counter() - started

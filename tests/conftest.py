@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["KRONFOLD_RATES"] = "builtin"  # the same orders of computing on every machine, whatever its user measured
 os.environ["KRONFOLD_TOKEN_CACHE_GB"] = "0"  # tests leave nothing in the user's cache; those of the cache switch it on
 
 import pytest

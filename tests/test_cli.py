@@ -42,9 +42,8 @@ def test_help_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    commands = (
-        "demo plan compress heal run eval inspect validate pretrain data teach import-tq compare report finetune export"
-    )
+    commands = """demo plan compress heal run eval inspect validate tune pretrain data teach import-tq compare report
+        finetune export"""
     for command in commands.split():
         assert command in done.stdout
 

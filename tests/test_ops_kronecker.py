@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kronfold.ops import kronecker
+from kronfold.ops.cost import built_in
 from kronfold.ops.permutation import drop_identity
 
 SHAPES = [  # rank, (out_a, in_a), (out_b, in_b)
@@ -68,16 +69,20 @@ def test_macs_by_hand():
 
 
 def test_the_fastest_order_counts_what_is_moved():
+    def choose(*call):
+        return kronecker.fastest_order(*call, built_in("cpu", torch.float32))
+
     ffn = ((768, 384), (4, 2), 4)
-    assert kronecker.fastest_order(*ffn, 1, True, True) == "a_first"
-    assert kronecker.fastest_order(*ffn, 4096, True, True) == "dense"  # gathers are in the weight, once per call
+    assert choose(*ffn, 1, True, True) == "a_first"
+    assert choose(*ffn, 512, True, True) == "dense_blocks"  # the tokens' features are fewer than the weight's numbers
+    assert choose(*ffn, 4096, True, True) == "dense"  # gathers are in the weight, once per call
     half = ((768, 384), (1, 2), 1)
-    assert kronecker.fastest_order(*half, 1, True, False) == "b_first"
-    assert kronecker.fastest_order(*half, 4096, False, False) == "b_first"  # half the products
+    assert choose(*half, 1, True, False) == "b_first"
+    assert choose(*half, 4096, False, False) == "b_first"  # half the products
     # a square 64 x 64 product of 8 x 8 factors: products 8x fewer, gathers of both sides outweigh them
-    assert kronecker.fastest_order((8, 8), (8, 8), 1, 4096, False, False) == "dense"
+    assert choose((8, 8), (8, 8), 1, 4096, True, True) == "dense"
     big = ((2048, 1024), (1, 2), 1)
-    assert kronecker.fastest_order(*big, 4096, True, False) == "b_first"  # gathers grow with n, products with n²
+    assert choose(*big, 4096, True, False) == "b_first"  # gathers grow with n, products with n²
 
 
 def test_identity_permutations_are_dropped():

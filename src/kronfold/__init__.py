@@ -27,6 +27,8 @@ _PUBLIC = {
     "LowRankSpec": "kronfold.base.specs",
     "perplexity": "kronfold.evaluate.perplexity",
     "to_dense": "kronfold.export.dense",
+    "cache_dense": "kronfold.nn.dense_cache",
+    "dense_cache_bytes": "kronfold.nn.dense_cache",
     "store_teacher": "kronfold.train.store_teacher",
     "StoredTeacher": "kronfold.distill.stored",
 }

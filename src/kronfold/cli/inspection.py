@@ -1,4 +1,4 @@
-"""Commands that look and measure: eval, inspect, validate."""
+"""Commands that look and measure: eval, inspect, validate, tune."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(name="eval")(evaluate)
     app.command()(inspect)
     app.command()(validate)
+    app.command()(tune)
 
 
 def evaluate(
@@ -184,3 +185,28 @@ def validate(
             document["held_parameters"] = planning.plan(config, loaded).held_parameters
         fits = f" and fits {model}"
     t.emit(document, json, f"{document['recipe']}: valid{fits}, stages {', '.join(document['stages'])}")
+
+
+def tune(
+    device: t.Device = "cpu",
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads that models will run with; default: as torch has it.", show_default=False),
+    ] = None,
+    dtypes: Annotated[str, typer.Option(help="float32, bfloat16, float16; comma-separated.")] = "float32,bfloat16",
+    save: Annotated[bool, typer.Option(help="Keep the rates in $KRONFOLD_CACHE (~/.cache/kronfold).")] = True,
+    json: t.Json = False,
+) -> None:
+    """Measure this machine for a few seconds, so that structured layers choose the fastest way to compute on it."""
+    from kronfold.pipelines.tuning import tune as measure
+    from kronfold.report.simple_table import simple_table
+
+    document = measure(t.prepare(device), dtypes.split(","), threads, save=save)
+    table = simple_table("Nanoseconds", ("rate", *(row["dtype"] for row in document["rows"])), 1)
+    for name in document["rows"][0]["rates"]:
+        cells = (f"{row['rates'][name] * 1e9:.4g} ({row['built_in'][name] * 1e9:.4g})" for row in document["rows"])
+        table.add_row(name, *cells)
+    row = document["rows"][0]
+    threaded = f", {row['threads']} threads" if row["threads"] else ""
+    place = f"saved in {document['path']}" if document["path"] else "not saved"
+    t.emit(document, json, table, f"{row['device']}{threaded}; in brackets the built-in rates; {place}")

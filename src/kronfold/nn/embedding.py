@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from kronfold.base.errors import ShapeError
 from kronfold.nn.grouped_embedding import GroupedEmbedding
 from kronfold.nn.tensor_train_embedding import TensorTrainEmbedding
-from kronfold.ops.permutation import drop_identity
+from kronfold.ops.cost import tokens_of
+from kronfold.ops.permutation import drop_identity, inverse, permuted
 
 
 class ColumnExpansion(nn.Module):
@@ -53,7 +54,14 @@ class ColumnExpansion(nn.Module):
         """x: (..., rank·width); returns (..., width·block)."""
         terms = x.reshape(*x.shape[:-1], self.rank, self.width)
         wide = torch.einsum("...rw,rn->...wn", terms, self.b).reshape(*x.shape[:-1], self.out_width)
-        return wide if self.gather is None else torch.index_select(wide, -1, self.gather)
+        return wide if self.gather is None else permuted(wide, self.gather)
+
+    def contract(self, hidden: Tensor) -> Tensor:
+        """hidden · Gᵀ of this level: (..., width·block) -> (..., rank·width)."""
+        if self.gather is not None:
+            hidden = permuted(hidden, inverse(self.gather))
+        blocks = hidden.reshape(*hidden.shape[:-1], self.width, self.block)
+        return torch.einsum("...wn,rn->...rw", blocks, self.b).reshape(*hidden.shape[:-1], self.in_width)
 
     def to_spec(self) -> dict[str, Any]:
         return {"block": self.block, "rank": self.rank, "permute": self.gather is not None}
@@ -100,7 +108,7 @@ class FactorizedEmbedding(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def expansion(self) -> Tensor:
-        """G, (stored width, embedding_dim). Small (192 x 768 for GPT-2), so it is built anew on each call."""
+        """G, (stored width, embedding_dim). Small (192 x 768 for GPT-2), so calls with many tokens build it anew."""
         g = torch.eye(self.weight.shape[1], device=self.weight.device, dtype=self.weight.dtype)
         for level in reversed(self.levels):
             g = level(g)
@@ -108,11 +116,20 @@ class FactorizedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: (...) integers; returns (..., embedding_dim)."""
-        return F.embedding(ids, self.weight) @ self.expansion()
+        rows = F.embedding(ids, self.weight)
+        if ids.numel() >= rows.shape[-1]:
+            return rows @ self.expansion()
+        for level in reversed(self.levels):
+            rows = level(rows)
+        return rows
 
     def project(self, hidden: Tensor) -> Tensor:
         """`hidden · Eᵀ` without forming E: (..., embedding_dim) -> (..., V)."""
-        return F.linear(F.linear(hidden, self.expansion()), self.weight)
+        if tokens_of(hidden) >= self.weight.shape[1]:
+            return F.linear(F.linear(hidden, self.expansion()), self.weight)
+        for level in self.levels:
+            hidden = level.contract(hidden)
+        return F.linear(hidden, self.weight)
 
     def dense_weight(self) -> Tensor:
         """E, (V, embedding_dim)."""

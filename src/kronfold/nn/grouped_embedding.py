@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kronfold.base.specs import GroupedEmbeddingSpec
-from kronfold.ops.cost import GATHER
+from kronfold.ops.cost import rates_for, tokens_of
+from kronfold.ops.permutation import inverse, permuted
 
 
 class EmbeddingGroup(nn.Module):
@@ -47,7 +48,7 @@ class EmbeddingGroup(nn.Module):
         """(..., rank) -> (..., width)."""
         if self.mix is None or self.gather is None:
             return rows
-        return torch.index_select(torch.cat([rows, rows @ self.mix], dim=-1), -1, self.gather)
+        return permuted(torch.cat([rows, rows @ self.mix], dim=-1), self.gather)
 
     def permute_outputs(self, perm: Tensor) -> None:
         """Reorder the columns in place. perm: (width,)."""
@@ -61,8 +62,7 @@ class EmbeddingGroup(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """`hidden · Eᵀ` for the tokens of this group: (..., width) -> (..., size)."""
         if self.mix is not None and self.gather is not None:
-            place = torch.argsort(self.gather)
-            own = torch.index_select(hidden, -1, place)
+            own = permuted(hidden, inverse(self.gather))
             hidden = own[..., : self.rank] + F.linear(own[..., self.rank :], self.mix)
         return F.linear(hidden, self.rows)
 
@@ -122,17 +122,21 @@ class GroupedEmbedding(nn.Module):
         Group by group and then gathered into the order of the tokens; where many tokens share the call and the ranks
         are high, E is built once instead, because the gather would cost more than the numbers it spares.
         """
-        whole = self.num_embeddings * self.embedding_dim
-        tokens = hidden.shape[:-1].numel()
-        grouped = tokens * (self.head_macs() + GATHER * self.num_embeddings)
-        if whole * (tokens + GATHER) < grouped:
+        tokens, rates = tokens_of(hidden), rates_for(hidden)
+        vocabulary, width = self.num_embeddings, self.embedding_dim
+        making = (
+            sum(size * rank * (width - rank) for size, rank in zip(self.sizes, self.ranks, strict=True)) * rates.mac
+        )
+        making += vocabulary * width * (2 * rates.row + rates.gather)  # expanded, their columns gathered, then the rows
+        grouped = tokens * (self.head_macs() * rates.mac + vocabulary * (rates.row + rates.gather))
+        if rates.product(tokens, width, vocabulary) + making < grouped:
             return F.linear(hidden, self.dense_weight())
         stored = torch.cat([group.logits(hidden) for group in self.groups], dim=-1)
-        return torch.index_select(stored, -1, self.position)
+        return permuted(stored, self.position)
 
     def dense_weight(self) -> Tensor:
         """E, (V, embedding_dim)."""
-        return torch.index_select(torch.cat([group.expand(group.rows) for group in self.groups]), 0, self.position)
+        return permuted(torch.cat([group.expand(group.rows) for group in self.groups]), self.position, 0)
 
     def permute_outputs(self, perm: Tensor) -> None:
         """Reorder the columns of E in place; a head tied to it reorders its inputs alike. perm: (embedding_dim,)."""

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kronfold.base.specs import KroneckerSpec, Pair
-from kronfold.nn.structured import StructuredLinear
+from kronfold.nn.structured import TOKEN_COUNTS, StructuredLinear
 from kronfold.ops import kronecker
+from kronfold.ops.cost import Rates, rates_for, rates_of, tokens_of
 from kronfold.ops.permutation import drop_identity
 
 
@@ -116,26 +117,26 @@ class KroneckerLinear(StructuredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features); returns (..., out_features)."""
-        spec, permuted = self.spec, (self.gather_in is not None, self.gather_out is not None)
-        order = kronecker.fastest_order(spec.a, spec.b, spec.rank, x.shape[:-1].numel(), *permuted)
-        if order == "dense":
-            return F.linear(x, self.dense_weight(), self.bias)
-        if self.gather_in is not None:
-            x = torch.index_select(x, -1, self.gather_in)
-        y = kronecker.apply(x, self.a, self.b, order)
-        if self.gather_out is not None:
-            y = torch.index_select(y, -1, self.gather_out)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        order = None
+        if self.may_keep():
+            order = self._order(tokens_of(x), rates_for(x), kept=True)
+            if order.startswith("dense"):
+                return F.linear(x, self.kept(self.dense_weight), self.bias)
+        return kronecker.apply(x, self.a, self.b, order, self.gather_in, self.gather_out, self.bias)
+
+    def _order(self, tokens: int, rates: Rates, kept: bool) -> kronecker.Order:
+        """The fastest order without gradients."""
+        s, gathers = self.spec, (self.gather_in is not None, self.gather_out is not None)
+        return kronecker.fastest_order(s.a, s.b, s.rank, tokens, *gathers, rates, kept=kept)
+
+    def kept_shape(self) -> tuple[int, int] | None:
+        rates = rates_of(self.a.device.type, self.a.dtype)
+        orders = (self._order(tokens, rates, kept=True) for tokens in TOKEN_COUNTS)
+        return self.spec.shape if any(order.startswith("dense") for order in orders) else None
 
     def dense_weight(self) -> Tensor:
         """The weight this layer stands for: (out_features, in_features), in the source's order of features."""
-        weight = kronecker.to_dense(self.a, self.b)
-        if self.gather_out is not None:
-            weight = torch.index_select(weight, 0, self.gather_out)
-        if self.gather_in is not None:
-            # rows of the transpose: picking along the last dimension is ten times slower
-            weight = torch.index_select(weight.t().contiguous(), 0, torch.argsort(self.gather_in)).t()
-        return weight
+        return kronecker.dense_weight(self.a, self.b, self.gather_in, self.gather_out)
 
     def permute_inputs(self, perm: Tensor) -> None:
         """Reorder the input features in place: the layer then takes `x[..., perm]` where it took x. perm: (in,)."""

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kronfold.base.specs import LowRankSpec
-from kronfold.nn.structured import StructuredLinear
+from kronfold.nn.structured import TOKEN_COUNTS, StructuredLinear
+from kronfold.ops import low_rank
+from kronfold.ops.cost import Rates, rates_for, rates_of, tokens_of
 from kronfold.ops.permutation import drop_identity
 
 
@@ -60,15 +61,25 @@ class LowRankLinear(StructuredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features); returns (..., out_features)."""
-        z = F.linear(x, self.pivots)
-        if self.gather_out is not None and x.shape[:-1].numel() >= self.spec.rank:
-            # With many tokens it is far cheaper to gather the rows of a factor than the outputs of every token.
-            own = torch.eye(self.spec.rank, device=z.device, dtype=self.mix.dtype)
-            return F.linear(z, torch.index_select(torch.cat([own, self.mix]), 0, self.gather_out), self.bias)
-        y = torch.cat([z, F.linear(z, self.mix)], dim=-1)
-        if self.gather_out is not None:
-            y = torch.index_select(y, -1, self.gather_out)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        tokens, rates = tokens_of(x), rates_for(x)
+        if self.may_keep() and self._by_factor(tokens, rates, kept=True):
+            return low_rank.apply_factor(x, self.pivots, self.kept(self._factor), self.bias)
+        training = torch.is_grad_enabled() and (x.requires_grad or self.mix.requires_grad)
+        if self._by_factor(tokens, rates, training):
+            return low_rank.apply_factor(x, self.pivots, self._factor(), self.bias)
+        return low_rank.apply_gathered(x, self.pivots, self.mix, self.gather_out, self.bias)
+
+    def _factor(self) -> Tensor:
+        return low_rank.output_factor(self.mix, self.gather_out)
+
+    def _by_factor(self, tokens: int, rates: Rates, training: bool = False, kept: bool = False) -> bool:
+        gather = self.gather_out is not None
+        return low_rank.factor_is_faster(self.out_features, self.spec.rank, tokens, gather, rates, training, kept)
+
+    def kept_shape(self) -> tuple[int, int] | None:
+        rates = rates_of(self.mix.device.type, self.mix.dtype)
+        wanted = any(self._by_factor(tokens, rates, kept=True) for tokens in TOKEN_COUNTS)
+        return (self.out_features, self.spec.rank) if wanted else None
 
     def dense_weight(self) -> Tensor:
         weight = torch.cat([self.pivots, self.mix @ self.pivots])

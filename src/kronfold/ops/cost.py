@@ -1,12 +1,164 @@
-"""What moving a number costs, in multiply-accumulates of a large matrix product: for choosing between ways to compute.
+"""What the parts of a layer's arithmetic cost on this machine, for choosing between ways to compute the same thing.
 
-Measured on two CPU cores with AVX-512, float32, forward and backward: a product runs at 36e9 multiply-accumulates a
-second and core; a gather along the last dimension takes 4.5 ns an element, of whole rows 0.4 ns, a rearranging copy
-about 1 ns. In bfloat16 the products are 2.6 times as fast, so the same moves weigh more.
+Seconds, by device, dtype and number of threads. Built-in figures serve until `kronfold tune` has measured the machine
+(`ops/tuning.py`); a saved measurement is read once, at the first question. Nothing is ever measured unasked.
+
+Another machine, or another measurement, may choose another order of the same sums: results then differ by rounding.
+With `KRONFOLD_RATES=builtin` the built-in figures are used whatever is saved.
 """
 
 from __future__ import annotations
 
-GATHER = 150.0  # one element picked by an index along the last dimension
-ROW = 15.0  # one element of a row picked by an index
-COPY = 40.0  # one element of a transposition
+import functools
+import json
+import os
+import platform
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kronfold.base.cache import cache_directory
+
+FORMAT_VERSION = 1
+BACKWARD_PRODUCTS = 3.0  # a product with gradients is three: outputs, gradients of the inputs, of the weight
+BACKWARD_MOVES = 2.0  # what is moved forward is moved back
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds. `mac`: one multiply-accumulate of a large product. `read`: one number of a weight that a product reads,
+    whatever the number of tokens. `gather`: one element picked by an index along the last dimension. `row`: one element
+    of a row picked by an index. `copy`: one element of a transposition. `mix`: one element into or out of a batch of
+    products with a small matrix. `launch`: one operation, however small.
+    """
+
+    mac: float
+    read: float
+    gather: float
+    row: float
+    copy: float
+    mix: float
+    launch: float
+
+    def product(self, rows: float, inner: float, columns: float) -> float:
+        """(rows, inner) times a weight (inner, columns)."""
+        return self.launch + inner * columns * (rows * self.mac + self.read)
+
+    def moved(self, rate: float, elements: float) -> float:
+        """`elements` at one of the rates above: gather, row, copy or mix."""
+        return self.launch + elements * rate if elements else 0.0
+
+
+# Measured on one core of an AMD EPYC (Zen 4, AVX-512 with bf16), one thread. Products of 512 x 768 x 768.
+_CPU_SINGLE = Rates(2.3e-11, 1.2e-10, 6e-10, 3e-10, 7e-10, 2.5e-10, 3e-6)
+_CPU_HALF = Rates(1.05e-11, 6e-11, 1.2e-9, 2e-10, 7e-10, 5e-10, 4e-6)
+# From data sheets, not measured: 40e12 and 300e12 multiply-accumulates a second, 2e12 bytes a second.
+_GPU_SINGLE = Rates(2.5e-14, 2e-12, 6e-12, 5e-12, 6e-12, 5e-12, 6e-6)
+_GPU_HALF = Rates(3.3e-15, 1e-12, 4e-12, 2.5e-12, 4e-12, 2.5e-12, 6e-6)
+BUILT_IN: dict[tuple[str, bool], Rates] = {
+    ("cpu", False): _CPU_SINGLE,
+    ("cpu", True): _CPU_HALF,
+    ("gpu", False): _GPU_SINGLE,
+    ("gpu", True): _GPU_HALF,
+}
+
+
+def built_in(device: str, dtype: torch.dtype) -> Rates:
+    """The figures that come with the package, for a type of device ("cpu", "cuda", ...; "meta" counts as cpu)."""
+    return BUILT_IN["cpu" if device in ("cpu", "meta") else "gpu", dtype.itemsize <= 2]
+
+
+def device_name(device: str) -> str:
+    """What a measurement is filed under: the processor's or the accelerator's own name."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    if device != "cpu":
+        return device
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def rates_path() -> Path:
+    """Where measurements are saved: `rates.json` in `$KRONFOLD_CACHE` (`~/.cache/kronfold`)."""
+    return cache_directory() / "rates.json"
+
+
+def key(device: str, dtype: torch.dtype, threads: int) -> tuple[str, str, int]:
+    """(device name, dtype, threads); the threads of the processor count only where it computes."""
+    return device_name(device), str(dtype).removeprefix("torch."), threads if device == "cpu" else 0
+
+
+def read_rates(path: Path) -> dict[tuple[str, str, int], Rates]:
+    """Saved measurements by `key`. A file that is missing holds none; one that is damaged neither, with a warning."""
+    if not path.is_file():
+        return {}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format {document['format_version']}, this kronfold reads {FORMAT_VERSION}")
+        return {(row["device"], row["dtype"], row["threads"]): _rates_from(row["rates"]) for row in document["rows"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(
+            f"{path} cannot be read ({type(error).__name__}: {error}); the built-in rates are used. "
+            "Run `kronfold tune` to measure anew, or delete the file.",
+            stacklevel=2,
+        )
+        return {}
+
+
+def _rates_from(values: Mapping[str, Any]) -> Rates:
+    rates = Rates(**{field.name: float(values[field.name]) for field in fields(Rates)})
+    wrong = [name for name, value in asdict(rates).items() if not 0 < value < 1]
+    if wrong:
+        raise ValueError(f"rates out of range: {', '.join(wrong)}")
+    return rates
+
+
+@functools.lru_cache(maxsize=1)
+def _saved() -> dict[tuple[str, str, int], Rates]:
+    return {} if os.environ.get("KRONFOLD_RATES") == "builtin" else read_rates(rates_path())
+
+
+@functools.lru_cache(maxsize=64)
+def _rates(device: str, dtype: torch.dtype, threads: int) -> Rates:
+    saved = _saved()
+    return saved.get(key(device, dtype, threads), built_in(device, dtype)) if saved else built_in(device, dtype)
+
+
+def forget() -> None:
+    """Read the saved measurements again at the next question."""
+    _saved.cache_clear()
+    _rates.cache_clear()
+
+
+def rates_of(device: str, dtype: torch.dtype) -> Rates:
+    """The rates for a type of device and a dtype, with as many threads as torch uses now; of a compiled graph, as
+    they were when it was traced."""
+    return Rates(*_values(device, dtype)) if torch.compiler.is_compiling() else _rates_now(device, dtype)
+
+
+def _rates_now(device: str, dtype: torch.dtype) -> Rates:
+    return _rates(device, dtype, torch.get_num_threads())
+
+
+@torch.compiler.assume_constant_result
+def _values(device: str, dtype: torch.dtype) -> tuple[float, ...]:
+    return astuple(_rates_now(device, dtype))  # numbers: torch.compile takes them for constants
+
+
+def rates_for(x: torch.Tensor) -> Rates:
+    """The rates for a call with input x: those of the dtype its products run in."""
+    device = x.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return rates_of(device, torch.get_autocast_dtype(device) if autocast else x.dtype)
+
+
+def tokens_of(x: torch.Tensor) -> int:
+    """How many vectors x (..., features) holds."""
+    return x.shape[:-1].numel()

@@ -1,19 +1,29 @@
-"""A sum of Kronecker products as a linear map, without permutations.
+"""A sum of Kronecker products as a linear map, with a permutation on either side.
 
 Shapes, for every function here: a (rank, out_a, in_a); b (rank, out_b, in_b); out = out_a·out_b, in = in_a·in_b.
 K = Σ_k A_k ⊗ B_k has K[(i1, i2), (j1, j2)] = Σ_k A_k[i1, j1] B_k[i2, j2].
+
+Inside, features stand in the order (j2, j1) and (i2, i1): then every product reads and writes whole rows, and only one
+movement on each side remains, that of the permutation or of the order itself.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from kronfold.ops.cost import COPY, GATHER, ROW
+from kronfold.base.specs import Pair
+from kronfold.ops.cost import BACKWARD_MOVES, BACKWARD_PRODUCTS, Rates, rates_for, tokens_of
+from kronfold.ops.permutation import inverse, permuted
 
-Order = Literal["a_first", "b_first", "dense"]
+# "dense" builds the weight for the call, gathers and all; "dense_blocks" builds it in the order it comes in and moves
+# the features of x instead, which is less where the call has few tokens.
+Order = Literal["a_first", "b_first", "dense", "dense_blocks"]
 
 
 def to_dense(a: Tensor, b: Tensor) -> Tensor:
@@ -36,30 +46,72 @@ def rearrange(weight: Tensor, out_b: int, in_b: int) -> Tensor:
     return blocks.reshape(*lead, -1, out_b * in_b)
 
 
-def apply_a_first(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """K x for x (..., in), contracting the A factors first; returns (..., out)."""
+def mix(small: Tensor, x: Tensor) -> Tensor:
+    """small (p, q) times every x[i] of x (n, q, width): (n, p, width). The width lies in one piece throughout."""
+    p, q = small.shape
+    if x.device.type == "cpu" and x.dtype.itemsize == 2 and p * q < 4:
+        # two-byte products this small run at a third of the rate of single precision
+        return torch.bmm(small.float().expand(x.shape[0], p, q), x.float()).to(x.dtype)
+    return torch.bmm(small.expand(x.shape[0], p, q), x)
+
+
+def _a_first(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x (n, in_b, in_a) -> (n, out_b, out_a)."""
     rank, out_a, in_a = a.shape
     _, out_b, in_b = b.shape
-    lead = x.shape[:-1]
-    columns = x.reshape(-1, in_a, in_b).transpose(1, 2)  # (n, in_b, in_a)
-    t = columns @ a.reshape(rank * out_a, in_a).T  # (n, in_b, rank·out_a)
-    t = t.reshape(-1, in_b, rank, out_a).permute(0, 3, 2, 1).reshape(-1, rank * in_b)  # rows (n, out_a)
-    y = t @ b.permute(0, 2, 1).reshape(rank * in_b, out_b)  # (n·out_a, out_b)
-    return y.reshape(*lead, out_a * out_b)
+    t = F.linear(x, a.reshape(rank * out_a, in_a)).view(-1, in_b * rank, out_a)
+    return mix(b.permute(1, 2, 0).reshape(out_b, in_b * rank).to(t.dtype), t)
 
 
-def apply_b_first(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """K x for x (..., in), contracting the B factors first; returns (..., out)."""
+def _b_first(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (n, in_b, in_a) -> (n, out_b, out_a); bias (out_a,) is added to each."""
     rank, out_a, in_a = a.shape
     _, out_b, in_b = b.shape
-    lead = x.shape[:-1]
-    t = x.reshape(-1, in_b) @ b.permute(2, 1, 0).reshape(in_b, out_b * rank)  # (n·in_a, out_b·rank)
-    t = t.reshape(-1, in_a, out_b, rank).permute(0, 2, 3, 1).reshape(-1, out_b, rank * in_a)
-    y = t @ a.permute(0, 2, 1).reshape(rank * in_a, out_a)  # (n, out_b, out_a)
-    return y.transpose(1, 2).reshape(*lead, out_a * out_b)
+    t = mix(b.permute(1, 0, 2).reshape(out_b * rank, in_b), x).view(-1, out_b, rank * in_a)
+    return F.linear(t, a.transpose(0, 1).reshape(out_a, rank * in_a), bias)
 
 
-def macs(a_shape: tuple[int, int], b_shape: tuple[int, int], rank: int, order: Order, tokens: float = 1.0) -> float:
+def block_weight(a: Tensor, b: Tensor) -> Tensor:
+    """K (out, in) with its columns in the order (j2, j1): a batch of small products that writes it in one pass."""
+    rank, out_a, in_a = a.shape
+    _, out_b, in_b = b.shape
+    return mix(b.reshape(rank, out_b * in_b).t(), a.transpose(0, 1)).reshape(out_a * out_b, in_b * in_a)
+
+
+def dense_weight(a: Tensor, b: Tensor, gather_in: Tensor | None = None, gather_out: Tensor | None = None) -> Tensor:
+    """The weight (out, in) of `apply` with these gathers, in the dtype of the factors."""
+    _, _, in_a = a.shape
+    _, _, in_b = b.shape
+    weight = block_weight(a, b)
+    if gather_out is not None:
+        weight = permuted(weight, gather_out, 0)
+    if gather_in is not None:
+        return permuted(weight, inverse(_block_order(gather_in, in_a, in_b)))
+    return weight.view(-1, in_b, in_a).transpose(1, 2).reshape(weight.shape)
+
+
+def _block_order(gather_in: Tensor, in_a: int, in_b: int) -> Tensor:
+    """The input gather (in the order (j1, j2)) in the order (j2, j1)."""
+    return gather_in if in_b == 1 else gather_in.view(in_a, in_b).t().reshape(-1)
+
+
+def _enter(x: Tensor, in_a: int, in_b: int, gather_in: Tensor | None) -> Tensor:
+    """x (..., in), gathered and in the order the factors take it: (n, in_b, in_a). One movement at most."""
+    if gather_in is not None:
+        return permuted(x, _block_order(gather_in, in_a, in_b)).view(-1, in_b, in_a)
+    return x.reshape(-1, in_a, in_b).transpose(1, 2).contiguous()
+
+
+def _leave(y: Tensor, gather_out: Tensor | None) -> Tensor:
+    """y (n, out_b, out_a) as (n, out) in the order of the outputs. One movement at most."""
+    n, out_b, out_a = y.shape
+    if gather_out is None:
+        return y.transpose(1, 2).reshape(n, out_b * out_a)
+    place = gather_out if out_b == 1 else gather_out % out_b * out_a + gather_out // out_b
+    return permuted(y.view(n, out_b * out_a), place)
+
+
+def macs(a_shape: Pair, b_shape: Pair, rank: int, order: Order, tokens: float = 1.0) -> float:
     """Multiply-accumulates per token. `dense` spreads the cost of building K over `tokens` tokens."""
     (out_a, in_a), (out_b, in_b) = a_shape, b_shape
     if order == "a_first":
@@ -70,39 +122,114 @@ def macs(a_shape: tuple[int, int], b_shape: tuple[int, int], rank: int, order: O
     return size + rank * size / tokens
 
 
-def fastest_order(
-    a_shape: tuple[int, int], b_shape: tuple[int, int], rank: int, tokens: float, gather_in: bool, gather_out: bool
-) -> Order:
-    """The order that takes the least time for a call over `tokens` tokens, by multiply-accumulates, copies and gathers.
+def seconds(
+    order: Order,
+    a_shape: Pair,
+    b_shape: Pair,
+    rank: int,
+    tokens: float,
+    gather_in: bool,
+    gather_out: bool,
+    rates: Rates,
+    training: bool = False,
+    kept: bool = False,
+) -> float:
+    """What a call over `tokens` tokens takes by `rates`, with its backward pass where `training`.
 
-    `dense` builds the weight once per call, with the gathers in it; the others gather every token's features.
+    Args:
+        gather_in, gather_out: the layer permutes that side. kept: the dense weight stands ready, nothing is built.
     """
     (out_a, in_a), (out_b, in_b) = a_shape, b_shape
-    ins, outs = in_a * in_b, out_a * out_b
-    gathers = GATHER * (ins * gather_in + outs * gather_out)
-    moved = (ins + rank * out_a * in_b, outs + rank * in_a * out_b)  # rearranged between the two products
-    building = rank + 2 * COPY + ROW * gather_out + (COPY + ROW) * gather_in
-    cost: dict[Order, float] = {
-        "a_first": tokens * (macs(a_shape, b_shape, rank, "a_first") + COPY * moved[0] + gathers),
-        "b_first": tokens * (macs(a_shape, b_shape, rank, "b_first") + COPY * moved[1] + gathers),
-        "dense": ins * outs * (tokens + building),
-    }
-    return min(cost, key=lambda order: cost[order])
+    ins, outs, size = in_a * in_b, out_a * out_b, out_a * in_a * out_b * in_b
+    enter = rates.moved(rates.gather if gather_in else rates.copy, tokens * ins if gather_in or in_b > 1 else 0)
+    leave = rates.moved(rates.gather if gather_out else rates.copy, tokens * outs if gather_out or out_b > 1 else 0)
+    moves, products = enter + leave, 0.0
+    if order == "a_first":
+        products = rates.product(tokens * in_b, in_a, rank * out_a)
+        products += rates.moved(rates.mix, tokens * (rank * in_b + out_b) * out_a)
+    elif order == "b_first":
+        products = rates.product(tokens * out_b, rank * in_a, out_a)
+        products += rates.moved(rates.mix, tokens * (in_b + rank * out_b) * in_a)
+        moves += rates.moved(rates.copy, rank * out_a * in_a if rank > 1 else 0)
+    else:
+        products, moves = rates.product(tokens, ins, outs), 0.0
+        if not kept:
+            products += rates.moved(rates.mix, (rank + out_b * in_b) * out_a * in_a)
+            moves = rates.moved(rates.row, size if gather_out else 0)
+            folded = rates.moved(rates.gather if gather_in else rates.copy, size if gather_in or in_b > 1 else 0)
+            moves += folded if order == "dense" else enter
+    return products * (BACKWARD_PRODUCTS if training else 1.0) + moves * (BACKWARD_MOVES if training else 1.0)
 
 
-def cheapest_order(a_shape: tuple[int, int], b_shape: tuple[int, int], rank: int, tokens: float) -> Order:
+def fastest_order(
+    a_shape: Pair,
+    b_shape: Pair,
+    rank: int,
+    tokens: float,
+    gather_in: bool,
+    gather_out: bool,
+    rates: Rates,
+    training: bool = False,
+    kept: bool = False,
+) -> Order:
+    """The order of least `seconds` (see there for the arguments); the same for the same arguments everywhere.
+
+    Orders differ by rounding, so another machine's rates may change the last digits of a result.
+    """
+    call = (a_shape, b_shape, rank, tokens, gather_in, gather_out, rates, training, kept)
+    return _fastest(*call) if torch.compiler.is_compiling() else _remembered(*call)
+
+
+def _fastest(a_shape: Pair, b_shape: Pair, rank: int, tokens: float, *how: Any) -> Order:
+    best: Order = "b_first"
+    least = math.inf
+    orders: tuple[Order, ...] = ("b_first", "a_first", "dense", "dense_blocks")
+    for order in orders:  # torch.compile cannot follow min() with a key
+        took = seconds(order, a_shape, b_shape, rank, tokens, *how)
+        if took < least:
+            best, least = order, took
+    return best
+
+
+_remembered = functools.lru_cache(maxsize=4096)(_fastest)  # deciding takes as long as a small product
+
+
+def cheapest_order(a_shape: Pair, b_shape: Pair, rank: int, tokens: float) -> Order:
     """The contraction order with the fewest multiply-accumulates for a call over `tokens` tokens."""
     orders: tuple[Order, ...] = ("b_first", "a_first", "dense")
     return min(orders, key=lambda order: macs(a_shape, b_shape, rank, order, tokens))
 
 
-def apply(x: Tensor, a: Tensor, b: Tensor, order: Order | None = None) -> Tensor:
-    """K x for x (..., in); returns (..., out). `order` None picks the fastest for the number of tokens in x."""
+def apply(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    order: Order | None = None,
+    gather_in: Tensor | None = None,
+    gather_out: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`(K x[..., gather_in])[..., gather_out] + bias` for x (..., in); returns (..., out).
+
+    Args:
+        order: None picks the fastest for the number of tokens in x. gather_in (in,), gather_out (out,), bias (out,):
+            each may be None.
+    """
+    (rank, out_a, in_a), (_, out_b, in_b) = a.shape, b.shape
     if order is None:
-        shapes: tuple[tuple[int, int], ...] = (tuple(a.shape[1:]), tuple(b.shape[1:]))  # type: ignore[assignment]
-        order = fastest_order(shapes[0], shapes[1], a.shape[0], x.shape[:-1].numel(), False, False)
-    if order == "a_first":
-        return apply_a_first(x, a, b)
-    if order == "b_first":
-        return apply_b_first(x, a, b)
-    return torch.nn.functional.linear(x, to_dense(a, b))
+        training = torch.is_grad_enabled() and (x.requires_grad or a.requires_grad)
+        gathers = (gather_in is not None, gather_out is not None)
+        rates = rates_for(x)
+        order = fastest_order((out_a, in_a), (out_b, in_b), rank, tokens_of(x), *gathers, rates, training)
+    if order == "dense":
+        return F.linear(x, dense_weight(a, b, gather_in, gather_out), bias)
+    lead, inner = x.shape[:-1], _enter(x, in_a, in_b, gather_in)
+    if order == "dense_blocks":
+        weight = block_weight(a, b)
+        weight = weight if gather_out is None else permuted(weight, gather_out, 0)
+        return F.linear(inner.view(*lead, in_b * in_a), weight, bias)
+    if order == "b_first" and b.shape[1] == 1 and gather_out is None:  # the product's rows are the outputs
+        return _b_first(inner, a, b, bias).view(*lead, out_a)
+    y = _a_first(inner, a, b) if order == "a_first" else _b_first(inner, a, b)
+    y = _leave(y, gather_out).view(*lead, out_a * out_b)
+    return y if bias is None else y + bias.to(y.dtype)
