@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -34,16 +35,20 @@ def test_all_orders_are_the_sum_of_krons(rank, a_shape, b_shape):
     dense = sum(torch.kron(a[k], b[k]) for k in range(rank))
     torch.testing.assert_close(kronecker.to_dense(a, b), dense, rtol=0, atol=1e-12)
     x = torch.randn(2, 5, dense.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    for order in ("a_first", "b_first", "dense", None):
+    bias = torch.arange(dense.shape[0], dtype=torch.float64)
+    for order in (*get_args(kronecker.Order), None):
         torch.testing.assert_close(kronecker.apply(x, a, b, order), x @ dense.T, rtol=0, atol=1e-12)
+        torch.testing.assert_close(kronecker.apply(x, a, b, order, bias=bias), x @ dense.T + bias, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("rank", "a_shape", "b_shape"), SHAPES)
-@pytest.mark.parametrize("order", ["a_first", "b_first", "dense"])
+@pytest.mark.parametrize("order", get_args(kronecker.Order))
 def test_gradients(rank, a_shape, b_shape, order):
     a, b = (t.requires_grad_() for t in _factors(rank, a_shape, b_shape))
     x = torch.randn(3, a_shape[1] * b_shape[1], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *t: kronecker.apply(*t, order), (x, a, b))
+    bias = torch.randn(a_shape[0] * b_shape[0], dtype=torch.float64, requires_grad=True)
+    apply = kronecker.apply
+    assert torch.autograd.gradcheck(lambda x, a, b, bias: apply(x, a, b, order, bias=bias), (x, a, b, bias))
 
 
 def test_rearrangement_makes_a_kron_an_outer_product():

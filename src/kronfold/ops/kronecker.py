@@ -67,8 +67,12 @@ def _b_first(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Ten
     """x (n, in_b, in_a) -> (n, out_b, out_a); bias (out_a,) is added to each."""
     rank, out_a, in_a = a.shape
     _, out_b, in_b = b.shape
-    t = mix(b.permute(1, 0, 2).reshape(out_b * rank, in_b), x).view(-1, out_b, rank * in_a)
-    return F.linear(t, a.transpose(0, 1).reshape(out_a, rank * in_a), bias)
+    t = mix(b.permute(1, 0, 2).reshape(out_b * rank, in_b), x)
+    if rank > 1 and t.dtype == a.dtype and t.dtype.itemsize > 2:
+        terms = t.view(-1, rank, in_a).transpose(0, 1)  # summed in place; two-byte sums would be rounded rank times
+        y = torch.addbmm(t.new_zeros(()) if bias is None else bias, terms, a.transpose(1, 2), beta=bias is not None)
+        return y.view(-1, out_b, out_a)
+    return F.linear(t.view(-1, out_b, rank * in_a), a.transpose(0, 1).reshape(out_a, rank * in_a), bias)
 
 
 def block_weight(a: Tensor, b: Tensor) -> Tensor:
@@ -150,7 +154,6 @@ def seconds(
     elif order == "b_first":
         products = rates.product(tokens * out_b, rank * in_a, out_a)
         products += rates.moved(rates.mix, tokens * (in_b + rank * out_b) * in_a)
-        moves += rates.moved(rates.copy, rank * out_a * in_a if rank > 1 else 0)
     else:
         products, moves = rates.product(tokens, ins, outs), 0.0
         if not kept:
