@@ -14,7 +14,7 @@ from kronfold.nn import FusedLinear, KroneckerLinear, LowRankLinear, SumLinear
 from kronfold.ops import cost
 from kronfold.ops.cost import Rates
 
-FREE = Rates(*(1e-30,) * 7)
+FREE = Rates(*(1e-30,) * 8)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 
 import pytest
@@ -12,12 +13,12 @@ import torch
 
 from kronfold.base.errors import InputError
 from kronfold.nn import FactorizedEmbedding, KroneckerLinear, LowRankLinear
-from kronfold.ops import cost, kronecker, low_rank, tuning
+from kronfold.ops import cost, few_rows, kronecker, low_rank, tuning
 from kronfold.ops.cost import Rates
 from kronfold.ops.permutation import inverse, permuted
 from kronfold.pipelines.tuning import tune
 
-FREE = Rates(*(1e-30,) * 7)
+FREE = Rates(*(1e-30,) * 8)
 ORDERS = ("a_first", "b_first", "dense", "dense_blocks")
 FFN = ((768, 384), (4, 2), 4)
 HALF = ((768, 384), (1, 2), 1)
@@ -98,11 +99,11 @@ def test_choices_follow_planted_rates():
     assert choose(HALF, 1, _only(mix=1.0)) == "b_first"
     assert choose(HALF, 1, _only(mix=1.0), kept=True) == "dense"
     # The weight read once per call is all that costs: either order reads half the numbers of the dense weight.
-    assert choose(FFN, 1, _only(read=1.0, copy=1.0)) in ("a_first", "b_first")
+    assert choose(FFN, 1, _only(read=1.0, few=1.0)) in ("a_first", "b_first")
 
 
 def test_seconds_by_hand():
-    rates = Rates(mac=1, read=10, gather=2, row=3, copy=4, mix=5, launch=100)
+    rates = Rates(mac=1, read=10, gather=2, row=3, copy=4, mix=5, launch=100, few=11)
     shape = ((3, 2), (1, 2), 1)  # 3 x 4
     # B first, 2 tokens, inputs gathered: 8 gathered, 2·(2+1)·2 mixed, (2 x 2) times (2 x 3).
     b_first = (100 + 8 * 2) + (100 + 12 * 5) + (100 + 6 * (2 + 10))
@@ -113,6 +114,44 @@ def test_seconds_by_hand():
     assert kronecker.seconds("dense", *shape, 2, True, False, rates, kept=True) == product
     trained = 3 * (product + mixed) + 2 * (100 + 8 * 2)  # the blocks stay, the tokens are gathered
     assert kronecker.seconds("dense_blocks", *shape, 2, True, False, rates, training=True) == trained
+
+
+def test_few_rows_are_multiplied_weight_first(monkeypatch):
+    generator = torch.Generator().manual_seed(2)
+    weight, bias = (torch.randn(*s, dtype=torch.float64, generator=generator) for s in ((6, 8), (6,)))
+    x = torch.randn(2, 5, 3, 8, dtype=torch.float64, generator=generator)
+    calls = {(1,): x[0, 0, :1], (1, 1): x[0, :1, :1], (2, 2): x[:, :2, 0], (3,): x[0, 0], (4,): x[0, :4, 0]}
+    expected = {shape: x @ weight.T + bias for shape, x in calls.items()}
+    many = x[..., 0, :] @ weight.T
+    for slow, fast in ((_only(few=1.0), None), (None, _only(read=1.0))):
+        monkeypatch.setattr(few_rows, "rates_for", lambda x, rates=slow or fast: rates)
+        for shape, few in calls.items():
+            with torch.no_grad(), nullcontext() if slow else _forbidden(monkeypatch, few_rows.F, "linear"):
+                for b in (bias, None):
+                    y = few_rows.linear(few, weight, b)
+                    assert y.shape == (*shape, 6)
+                    torch.testing.assert_close(y + (bias if b is None else 0), expected[shape], rtol=0, atol=1e-12)
+        torch.testing.assert_close(few_rows.linear(x[..., 0, :], weight), many, rtol=0, atol=1e-12)
+    few = x[0, 0].requires_grad_()
+    (slope,) = torch.autograd.grad(few_rows.linear(few, weight).sum(), few)
+    torch.testing.assert_close(slope, weight.sum(0).expand(3, 8))
+
+
+@contextmanager
+def _forbidden(monkeypatch, module, name):
+    """No call of `module.name` inside."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, None)
+        yield
+
+
+def test_seconds_of_few_rows():
+    rates = Rates(mac=1, read=10, gather=2, row=3, copy=4, mix=5, launch=100, few=7)
+    assert rates.product(4, 3, 2) == 100 + 6 * 7
+    assert rates.product(5, 3, 2) == 100 + 6 * 15
+    assert rates.product(4, 3, 2, in_one=False) == 100 + 6 * 14
+    assert rates.product(1, 2000, 2) == 100 + 4000 * 11
+    assert replace(rates, few=10).product(1, 3, 2) == 100 + 6 * 11
 
 
 def test_low_rank_ways_agree_and_follow_planted_rates():
@@ -171,7 +210,7 @@ def test_tests_use_the_built_in_rates(tmp_path, monkeypatch):
 
 def test_saved_rates_are_read_for_the_same_machine_dtype_and_threads(saved):
     threads = torch.get_num_threads()
-    measured = Rates(1e-11, 2e-11, 3e-10, 4e-10, 5e-10, 6e-10, 7e-6)
+    measured = Rates(1e-11, 2e-11, 3e-10, 4e-10, 5e-10, 6e-10, 7e-6, 8e-11)
     tuning.save_rates(saved, {cost.key("cpu", torch.float32, threads): measured})
     other = replace(measured, mac=9e-11)
     tuning.save_rates(saved, {cost.key("cpu", torch.float32, threads + 1): other})
@@ -210,7 +249,7 @@ def test_measuring_gives_rates_for_every_part():
 
 
 def test_tune_saves_what_it_measured_and_restores_the_threads(saved, monkeypatch):
-    measured = Rates(1e-11, 2e-11, 3e-10, 4e-10, 5e-10, 6e-10, 7e-6)
+    measured = Rates(1e-11, 2e-11, 3e-10, 4e-10, 5e-10, 6e-10, 7e-6, 8e-11)
     seen = []
     monkeypatch.setattr(
         tuning, "measure_rates", lambda device, dtype, rounds: seen.append(torch.get_num_threads()) or measured

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from kronfold.base.errors import ShapeError
 from kronfold.nn.grouped_embedding import GroupedEmbedding
 from kronfold.nn.tensor_train_embedding import TensorTrainEmbedding
+from kronfold.ops import few_rows
 from kronfold.ops.cost import tokens_of
 from kronfold.ops.permutation import drop_identity, inverse, permuted
 
@@ -126,10 +127,10 @@ class FactorizedEmbedding(nn.Module):
     def project(self, hidden: Tensor) -> Tensor:
         """`hidden · Eᵀ` without forming E: (..., embedding_dim) -> (..., V)."""
         if tokens_of(hidden) >= self.weight.shape[1]:
-            return F.linear(F.linear(hidden, self.expansion()), self.weight)
+            return few_rows.linear(few_rows.linear(hidden, self.expansion()), self.weight)
         for level in self.levels:
             hidden = level.contract(hidden)
-        return F.linear(hidden, self.weight)
+        return few_rows.linear(hidden, self.weight)
 
     def dense_weight(self) -> Tensor:
         """E, (V, embedding_dim)."""

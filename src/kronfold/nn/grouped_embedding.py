@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kronfold.base.specs import GroupedEmbeddingSpec
+from kronfold.ops import few_rows
 from kronfold.ops.cost import rates_for, tokens_of
 from kronfold.ops.permutation import inverse, permuted
 
@@ -63,8 +64,8 @@ class EmbeddingGroup(nn.Module):
         """`hidden · Eᵀ` for the tokens of this group: (..., width) -> (..., size)."""
         if self.mix is not None and self.gather is not None:
             own = permuted(hidden, inverse(self.gather))
-            hidden = own[..., : self.rank] + F.linear(own[..., self.rank :], self.mix)
-        return F.linear(hidden, self.rows)
+            hidden = own[..., : self.rank] + few_rows.linear(own[..., self.rank :], self.mix)
+        return few_rows.linear(hidden, self.rows)
 
 
 class GroupedEmbedding(nn.Module):
@@ -130,7 +131,7 @@ class GroupedEmbedding(nn.Module):
         making += vocabulary * width * (2 * rates.row + rates.gather)  # expanded, their columns gathered, then the rows
         grouped = tokens * (self.head_macs() * rates.mac + vocabulary * (rates.row + rates.gather))
         if rates.product(tokens, width, vocabulary) + making < grouped:
-            return F.linear(hidden, self.dense_weight())
+            return few_rows.linear(hidden, self.dense_weight())
         stored = torch.cat([group.logits(hidden) for group in self.groups], dim=-1)
         return permuted(stored, self.position)
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kronfold.base.specs import KroneckerSpec, Pair
 from kronfold.nn.structured import TOKEN_COUNTS, StructuredLinear
-from kronfold.ops import kronecker
+from kronfold.ops import few_rows, kronecker
 from kronfold.ops.cost import Rates, rates_for, rates_of, tokens_of
 from kronfold.ops.permutation import drop_identity
 
@@ -121,7 +120,7 @@ class KroneckerLinear(StructuredLinear):
         if self.may_keep():
             order = self._order(tokens_of(x), rates_for(x), kept=True)
             if order.startswith("dense"):
-                return F.linear(x, self.kept(self.dense_weight), self.bias)
+                return few_rows.linear(x, self.kept(self.dense_weight), self.bias)
         return kronecker.apply(x, self.a, self.b, order, self.gather_in, self.gather_out, self.bias)
 
     def _order(self, tokens: int, rates: Rates, kept: bool) -> kronecker.Order:

@@ -24,7 +24,9 @@ import torch
 from kronfold.base.cache import cache_directory
 
 FORMAT_VERSION = 1
+NEVER = 0.5  # seconds
 BACKWARD_PRODUCTS = 3.0  # a product with gradients is three: outputs, gradients of the inputs, of the weight
+FEW, FEW_INNER = 4, 1536  # with more rows, or longer ones, weight first was slower on one thread
 BACKWARD_MOVES = 2.0  # what is moved forward is moved back
 
 
@@ -33,7 +35,8 @@ class Rates:
     """Seconds. `mac`: one multiply-accumulate of a large product. `read`: one number of a weight that a product reads,
     whatever the number of tokens. `gather`: one element picked by an index along the last dimension. `row`: one element
     of a row picked by an index. `copy`: one element of a transposition. `mix`: one element into or out of a batch of
-    products with a small matrix. `launch`: one operation, however small.
+    products with a small matrix. `launch`: one operation, however small. `few`: one number of a weight in a product of
+    up to FEW rows, weight first (`ops/few_rows.py`).
     """
 
     mac: float
@@ -43,22 +46,29 @@ class Rates:
     copy: float
     mix: float
     launch: float
+    few: float
 
-    def product(self, rows: float, inner: float, columns: float) -> float:
-        """(rows, inner) times a weight (inner, columns)."""
-        return self.launch + inner * columns * (rows * self.mac + self.read)
+    def product(self, rows: float, inner: float, columns: float, in_one: bool = True) -> float:
+        """(rows, inner) times a weight (inner, columns); not `in_one` where it is summed from several products."""
+        rate = self.few if in_one and is_few(rows, inner, self) else rows * self.mac + self.read
+        return self.launch + inner * columns * rate
 
     def moved(self, rate: float, elements: float) -> float:
         """`elements` at one of the rates above: gather, row, copy or mix."""
         return self.launch + elements * rate if elements else 0.0
 
 
+def is_few(rows: float, inner: float, rates: Rates) -> bool:
+    """Whether a product of so many rows with a weight (out, inner) is faster weight first."""
+    return 0 < rows <= FEW and inner <= FEW_INNER and rates.few < rates.read
+
+
 # Measured on one core of an AMD EPYC (Zen 4, AVX-512 with bf16), one thread. Products of 512 x 768 x 768.
-_CPU_SINGLE = Rates(2.3e-11, 1.2e-10, 6e-10, 3e-10, 7e-10, 2.5e-10, 3e-6)
-_CPU_HALF = Rates(1.05e-11, 6e-11, 1.2e-9, 2e-10, 7e-10, 5e-10, 4e-6)
+_CPU_SINGLE = Rates(2.3e-11, 1.2e-10, 6e-10, 3e-10, 7e-10, 2.5e-10, 3e-6, 7e-11)
+_CPU_HALF = Rates(1.05e-11, 6e-11, 1.2e-9, 2e-10, 7e-10, 5e-10, 4e-6, NEVER)
 # From data sheets, not measured: 40e12 and 300e12 multiply-accumulates a second, 2e12 bytes a second.
-_GPU_SINGLE = Rates(2.5e-14, 2e-12, 6e-12, 5e-12, 6e-12, 5e-12, 6e-6)
-_GPU_HALF = Rates(3.3e-15, 1e-12, 4e-12, 2.5e-12, 4e-12, 2.5e-12, 6e-6)
+_GPU_SINGLE = Rates(2.5e-14, 2e-12, 6e-12, 5e-12, 6e-12, 5e-12, 6e-6, NEVER)
+_GPU_HALF = Rates(3.3e-15, 1e-12, 4e-12, 2.5e-12, 4e-12, 2.5e-12, 6e-6, NEVER)
 BUILT_IN: dict[tuple[str, bool], Rates] = {
     ("cpu", False): _CPU_SINGLE,
     ("cpu", True): _CPU_HALF,

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kronfold.base.specs import Pair
+from kronfold.ops import few_rows
 from kronfold.ops.cost import BACKWARD_MOVES, BACKWARD_PRODUCTS, Rates, rates_for, tokens_of
 from kronfold.ops.permutation import inverse, permuted
 
@@ -59,7 +59,7 @@ def _a_first(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """x (n, in_b, in_a) -> (n, out_b, out_a)."""
     rank, out_a, in_a = a.shape
     _, out_b, in_b = b.shape
-    t = F.linear(x, a.reshape(rank * out_a, in_a)).view(-1, in_b * rank, out_a)
+    t = few_rows.linear(x, a.reshape(rank * out_a, in_a)).view(-1, in_b * rank, out_a)
     return mix(b.permute(1, 2, 0).reshape(out_b, in_b * rank).to(t.dtype), t)
 
 
@@ -72,7 +72,7 @@ def _b_first(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Ten
         terms = t.view(-1, rank, in_a).transpose(0, 1)  # summed in place; two-byte sums would be rounded rank times
         y = torch.addbmm(t.new_zeros(()) if bias is None else bias, terms, a.transpose(1, 2), beta=bias is not None)
         return y.view(-1, out_b, out_a)
-    return F.linear(t.view(-1, out_b, rank * in_a), a.transpose(0, 1).reshape(out_a, rank * in_a), bias)
+    return few_rows.linear(t.view(-1, out_b, rank * in_a), a.transpose(0, 1).reshape(out_a, rank * in_a), bias)
 
 
 def block_weight(a: Tensor, b: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def seconds(
         products = rates.product(tokens * in_b, in_a, rank * out_a)
         products += rates.moved(rates.mix, tokens * (rank * in_b + out_b) * out_a)
     elif order == "b_first":
-        products = rates.product(tokens * out_b, rank * in_a, out_a)
+        products = rates.product(tokens * out_b, rank * in_a, out_a, in_one=rank == 1)
         products += rates.moved(rates.mix, tokens * (in_b + rank * out_b) * in_a)
     else:
         products, moves = rates.product(tokens, ins, outs), 0.0
@@ -225,12 +225,12 @@ def apply(
         rates = rates_for(x)
         order = fastest_order((out_a, in_a), (out_b, in_b), rank, tokens_of(x), *gathers, rates, training)
     if order == "dense":
-        return F.linear(x, dense_weight(a, b, gather_in, gather_out), bias)
+        return few_rows.linear(x, dense_weight(a, b, gather_in, gather_out), bias)
     lead, inner = x.shape[:-1], _enter(x, in_a, in_b, gather_in)
     if order == "dense_blocks":
         weight = block_weight(a, b)
         weight = weight if gather_out is None else permuted(weight, gather_out, 0)
-        return F.linear(inner.view(*lead, in_b * in_a), weight, bias)
+        return few_rows.linear(inner.view(*lead, in_b * in_a), weight, bias)
     if order == "b_first" and b.shape[1] == 1 and gather_out is None:  # the product's rows are the outputs
         return _b_first(inner, a, b, bias).view(*lead, out_a)
     y = _a_first(inner, a, b) if order == "a_first" else _b_first(inner, a, b)

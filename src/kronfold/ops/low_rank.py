@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from kronfold.ops import few_rows
 from kronfold.ops.cost import BACKWARD_MOVES, BACKWARD_PRODUCTS, Rates
 from kronfold.ops.permutation import permuted
 
@@ -44,12 +44,12 @@ def factor_is_faster(
 
 def apply_gathered(x: Tensor, pivots: Tensor, mix: Tensor, gather_out: Tensor | None, bias: Tensor | None) -> Tensor:
     """x (..., in) -> (..., out), by a gather of every token's outputs."""
-    z = F.linear(x, pivots)
-    y = torch.cat([z, F.linear(z, mix)], dim=-1)
+    z = few_rows.linear(x, pivots)
+    y = torch.cat([z, few_rows.linear(z, mix)], dim=-1)
     y = y if gather_out is None else permuted(y, gather_out)
     return y if bias is None else y + bias.to(y.dtype)
 
 
 def apply_factor(x: Tensor, pivots: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
     """The same by `output_factor`."""
-    return F.linear(F.linear(x, pivots), factor, bias)
+    return few_rows.linear(few_rows.linear(x, pivots), factor, bias)

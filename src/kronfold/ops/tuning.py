@@ -32,7 +32,8 @@ def measure_rates(device: str, dtype: torch.dtype, *, rounds: int = 7, tokens: i
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    x, square, tall, one = random(tokens, width), random(width, width), random(4 * width, width), random(1, width)
+    x, square, tall = random(tokens, width), random(width, width), random(4 * width, width)
+    one, two = random(1, width), random(2, width)
     tiny, few, half = random(1, 8), random(8, 8), width // 2
     pairs, terms = x.view(tokens, 2, half), random(width, 4, half)
     small, wide = random(1, 2), random(8, 4)
@@ -42,6 +43,7 @@ def measure_rates(device: str, dtype: torch.dtype, *, rounds: int = 7, tokens: i
         "launch": lambda: torch.nn.functional.linear(tiny, few),
         "product": lambda: torch.nn.functional.linear(x, square),
         "read": lambda: torch.nn.functional.linear(one, tall),
+        "few": lambda: tall @ two.t(),
         "gather": lambda: permuted(x, features),
         "row": lambda: permuted(tall, rows, 0),
         "copy": lambda: x.view(tokens, half, 2).transpose(1, 2).contiguous(),
@@ -61,6 +63,7 @@ def measure_rates(device: str, dtype: torch.dtype, *, rounds: int = 7, tokens: i
         "copy": left["copy"] / x.numel(),
         "mix": (left["mix"] + left["build"]) / (1.5 * x.numel() + 3 * terms.numel()),
         "launch": launch,
+        "few": left["few"] / tall.numel(),
     }
     return Rates(**{name: max(value, SHORTEST) for name, value in found.items()})
 
