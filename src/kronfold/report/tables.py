@@ -32,7 +32,7 @@ def run_summary(results: Document) -> RenderableType:
     kept = [stage["layers"] for stage in results["stages"] if stage.get("layers")]
     parts += [Text(f"Blocks kept: {numbers.kept_layers(layers)}") for layers in kept]
     if results.get("gathers"):
-        parts.append(Text(gathers_line(results["gathers"])))
+        parts.append(Text(gathers_line(results["gathers"]) + "\n"))
     if results["stages"]:
         parts.append(_stages(results))
     if matrices(results):
