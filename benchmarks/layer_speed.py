@@ -23,7 +23,6 @@ import importlib
 import itertools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from torch.nn import functional as F
 
 import kronfold as kf
 from kronfold.base.errors import KronfoldError
-from kronfold.base.files import check_output, write_json
+from kronfold.base.files import write_json
 from kronfold.base.results import document
 from kronfold.models.absorb import expected_gathers
 from kronfold.models.linear_view import sites
@@ -46,6 +45,7 @@ from kronfold.ops import cost, kronecker
 from kronfold.ops.tuning import interleaved
 from kronfold.planner.planning import name_of_tied_head, skeleton_of, specs_after
 from kronfold.planner.recipe import load_recipe, shipped_recipes
+from timing import parser, prepare
 
 Job = Callable[[], object]
 OPTIONAL = ("peft", "tltorch", "pyfastkron")
@@ -288,30 +288,19 @@ def installed() -> dict[str, bool]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--recipes", default=",".join(shipped_recipes()), help="comma-separated; default: all shipped")
-    parser.add_argument("--tokens", default="1,16,512,4096", help="comma-separated")
-    parser.add_argument("--others", default="512", help="numbers of tokens at which other ways are measured too")
-    parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="torch threads; default: as torch has it")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds, whose median counts")
-    parser.add_argument("--working-set", type=float, default=256, help="megabytes of dense weights that calls go round")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="few tokens, one round: does it run?")
-    parser.add_argument("-o", "--output", type=Path, help="write every figure as JSON")
-    options = parser.parse_args()
+    made = parser(__doc__ or "")
+    made.add_argument("--recipes", default=",".join(shipped_recipes()), help="comma-separated; default: all shipped")
+    made.add_argument("--tokens", default="1,16,512,4096", help="comma-separated")
+    made.add_argument("--others", default="512", help="numbers of tokens at which other ways are measured too")
+    made.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
+    made.add_argument("--working-set", type=float, default=256, help="megabytes of dense weights that calls go round")
+    options = made.parse_args()
+    options.rounds = 1 if options.quick else options.rounds or 5
     if options.quick:
-        options.tokens, options.others, options.rounds = "1,16", "16", 1
-    if options.threads:
-        torch.set_num_threads(options.threads)
+        options.tokens, options.others = "1,16", "16"
     options.others = {int(count) for count in options.others.split(",") if count}
     try:
-        if options.output:
-            check_output(options.output, allow_existing=True)
-        torch.manual_seed(options.seed)
+        prepare(options)
         options.installed, rows = installed(), []
         for entry in shapes(options.recipes.split(",")):
             for dtype in options.dtypes.split(","):

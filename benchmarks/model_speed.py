@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import kronfold as kf
 from kronfold.base.errors import KronfoldError
-from kronfold.base.files import check_output, write_json
+from kronfold.base.files import write_json
 from kronfold.base.results import document
 from kronfold.evaluate.speed import generation_speed
 from kronfold.models.cost import cost
@@ -41,6 +41,7 @@ from kronfold.ops.cost import device_name, rates_path
 from kronfold.ops.tuning import interleaved
 from kronfold.pipelines.gathers import absorb_gathers
 from layer_speed import skeleton_after
+from timing import parser, prepare
 
 BARS = {"prefill": 1.2, "decode": 1.25, "memory": 0.70}
 
@@ -200,30 +201,19 @@ def table(found: dict[str, Any]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--recipe", default="tqcompressor", help="a recipe that needs no text")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="torch threads; default: as torch has it")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds, whose median counts")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    parser.add_argument("--quick", action="store_true", help="two blocks, small vocabulary, few tokens: does it run?")
-    parser.add_argument("-o", "--output", type=Path, help="write every figure as JSON")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    made = parser(__doc__ or "")
+    made.add_argument("--recipe", default="tqcompressor", help="a recipe that needs no text")
+    made.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    made.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    made.add_argument("--memory-of", help=argparse.SUPPRESS)
+    options = made.parse_args()
     options.shape, options.prompt, options.new_tokens = ((2, 16), 4, 4) if options.quick else ((8, 512), 64, 64)
-    options.rounds = 1 if options.quick else options.rounds
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if options.memory_of:
-        print(json.dumps(memory(options.memory_of, options)))
-        return
+    options.rounds = 1 if options.quick else options.rounds or 5
     try:
-        if options.output:
-            check_output(options.output, allow_existing=True)
+        prepare(options)
+        if options.memory_of:
+            print(json.dumps(memory(options.memory_of, options)))
+            return
         found = measure(options)
         about = {
             "device": device_name(options.device),

@@ -235,7 +235,7 @@ def prepare(device: str = "cpu", seed: int | None = None) -> str:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(
-            f"Device {device!r} cannot be used here: {str(error).splitlines()[0]} Try --device cpu."
+            f"Device {device!r} cannot be used here: {str(error).splitlines()[0].rstrip('.')}. Try --device cpu."
         ) from error
     return device
 

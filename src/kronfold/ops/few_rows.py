@@ -2,7 +2,7 @@
 
 `F.linear` hands one row to the matrix-vector product of BLAS and two to four rows to a matrix product that is made for
 many. Weight first, `weight @ rows.T`, the same numbers come from a product with few columns, which reads the weight
-faster: on one processor (AMD EPYC, Zen 4, MKL) 24 GB/s where the others read 7.
+faster: on one processor (AMD EPYC, Zen 4, MKL) 13 to 27 GB/s where the others read 3 to 12 (benchmarks/few_rows.py).
 """
 
 from __future__ import annotations
