@@ -145,6 +145,19 @@ def _forbidden(monkeypatch, module, name):
         yield
 
 
+def test_reading_is_measured_on_weights_that_are_not_in_the_cache(monkeypatch):
+    """As in decoding: every layer has a weight of its own, read once per token."""
+    read = []
+    linear, jobs = torch.nn.functional.linear, {}
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w: read.append(w.data_ptr()) or linear(x, w))
+    monkeypatch.setattr(tuning, "interleaved", lambda found, *_: jobs.update(found) or dict.fromkeys(found, 1.0))
+    tuning.measure_rates("cpu", torch.float32, rounds=1, tokens=8, width=16)
+    for _ in range(2 * tuning.COPIES):
+        jobs["read"]()
+    assert len(set(read)) == tuning.COPIES
+    assert read[: tuning.COPIES] == read[tuning.COPIES :]
+
+
 def test_seconds_of_few_rows():
     rates = Rates(mac=1, read=10, gather=2, row=3, copy=4, mix=5, launch=100, few=7)
     assert rates.product(4, 3, 2) == 100 + 6 * 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from kronfold.ops.cost import FORMAT_VERSION, Rates, forget, read_rates
 from kronfold.ops.kronecker import mix
 from kronfold.ops.permutation import permuted
 
+COPIES = 16  # weights in turn, more than most caches hold: in a model every layer reads one of its own
 SHORTEST = 1e-16  # seconds; what noise leaves below is no rate
 
 
@@ -34,6 +36,7 @@ def measure_rates(device: str, dtype: torch.dtype, *, rounds: int = 7, tokens: i
 
     x, square, tall = random(tokens, width), random(width, width), random(4 * width, width)
     one, two = random(1, width), random(2, width)
+    weights = itertools.cycle([tall, *(random(4 * width, width) for _ in range(COPIES - 1))])
     tiny, few, half = random(1, 8), random(8, 8), width // 2
     pairs, terms = x.view(tokens, 2, half), random(width, 4, half)
     small, wide = random(1, 2), random(8, 4)
@@ -42,8 +45,8 @@ def measure_rates(device: str, dtype: torch.dtype, *, rounds: int = 7, tokens: i
     jobs: dict[str, Callable[[], object]] = {
         "launch": lambda: torch.nn.functional.linear(tiny, few),
         "product": lambda: torch.nn.functional.linear(x, square),
-        "read": lambda: torch.nn.functional.linear(one, tall),
-        "few": lambda: tall @ two.t(),
+        "read": lambda: torch.nn.functional.linear(one, next(weights)),
+        "few": lambda: next(weights) @ two.t(),
         "gather": lambda: permuted(x, features),
         "row": lambda: permuted(tall, rows, 0),
         "copy": lambda: x.view(tokens, half, 2).transpose(1, 2).contiguous(),
