@@ -126,3 +126,10 @@ def test_a_weight_that_cannot_be_fitted_is_named_and_the_model_stays(four_thread
         kf.compress(model, "tqcompressor")
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items() if "c_proj" not in name)
     assert torch.get_num_threads() == 2
+
+
+def test_freed_memory_is_given_back_after_every_work(monkeypatch, four_threads):
+    given = []
+    monkeypatch.setattr("kronfold.pipelines.side_by_side.give_back", lambda: given.append(threading.get_ident()))
+    assert list(side_by_side([lambda: 1] * 3 + [lambda: 2], [10, 10, 10, LARGE + 1])) == [1, 1, 1, 2]
+    assert len(given) == 4

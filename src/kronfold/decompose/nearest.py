@@ -157,16 +157,18 @@ def _finish(weight: Tensor, basis: Tensor, spec: KroneckerSpec) -> Fit:
     lead = basis.abs().argmax(0, keepdim=True)
     basis = basis * torch.where(basis.gather(0, lead) < 0, -1.0, 1.0)
     scores, residual, total = [], 0.0, 0.0
-    scale = float(weight.abs().max())  # squares of very small or large weights stay finite
+    scale = float(torch.linalg.vector_norm(weight, torch.inf))  # squares of very small or large weights stay finite
     for r in _chunks(weight, spec):
         r = r / scale
         score = r @ basis
         residual += float((r - score @ basis.T).square().sum())
         total += float(r.square().sum())
         scores.append(score)
-    a = torch.cat(scores) * scale
+    a = torch.cat(scores)  # as large as the factors: from here in place
+    scores.clear()
+    a *= scale
     root = a.norm(dim=0).sqrt()  # √σ_k; a term that is not needed (σ_k = 0) becomes zero on both sides
-    a = torch.where(root > 0, a / root.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+    a.div_(root.clamp_min(torch.finfo(torch.float64).tiny)).masked_fill_(root == 0, 0.0)
     error = (residual / total) ** 0.5
     return Fit(
         spec=spec,

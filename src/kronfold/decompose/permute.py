@@ -23,7 +23,7 @@ from kronfold.decompose.permute_exchange import exchange
 from kronfold.decompose.permute_gains import LARGE
 from kronfold.decompose.permute_grouping import grouped, similar
 from kronfold.decompose.permute_starts import by_size, is_small, nested_specs, restarts, widened
-from kronfold.decompose.permute_state import Options, Search
+from kronfold.decompose.permute_state import Arrangement, Options, Search
 from kronfold.decompose.permute_swaps import swap
 from kronfold.decompose.permute_weighted import scaled, weighted_search
 from kronfold.decompose.weighting import Weighting
@@ -31,7 +31,7 @@ from kronfold.decompose.weighting import Weighting
 FINE_STEPS = 2e-4  # tolerance of weighted moves where out_b is 1
 SWEEPS_LARGE = 2  # weighted sweeps of a large weight; the first ones gain nearly all there is
 
-Memo = dict[tuple[tuple[int, int], int], Search]
+Memo = dict[tuple[tuple[int, int], int], Arrangement]  # (block, rank) of a nested family -> the best found for it
 
 
 def permuted_kronecker(
@@ -91,10 +91,23 @@ def permuted_kronecker(
 
 
 def _searched(weight: Tensor, spec: KroneckerSpec, method: str, options: Options) -> Fit:
+    # in a function of its own: the search's copies of the weight end with it
+    perm_in, perm_out, errors = _permutations(weight, spec, method, options)
+    fit = _fitted(weight, spec, perm_in, perm_out)
+    history = [max(error, fit.relative_error) for error in errors]
+    return replace(fit, history=[*history, fit.relative_error])
+
+
+def _permutations(
+    weight: Tensor, spec: KroneckerSpec, method: str, options: Options
+) -> tuple[Tensor | None, Tensor | None, list[float]]:
+    """(perm_in, perm_out, errors as the search went on)."""
     search = Search(weight, spec, options)
     if not search.done:
         METHODS[method](search)
-    return _finish(weight, search)
+    perm_in = search.best.cols.reshape(-1).clone() if "in" in search.sides else None
+    perm_out = search.best.rows.reshape(-1).clone() if "out" in search.sides else None
+    return perm_in, perm_out, search.history
 
 
 def _weighted(
@@ -118,14 +131,6 @@ def _fitted(weight: Tensor, spec: KroneckerSpec, perm_in: Tensor | None, perm_ou
     return replace(nearest_kronecker(arranged, spec), perm_in=perm_in, perm_out=perm_out)
 
 
-def _finish(weight: Tensor, search: Search) -> Fit:
-    perm_out = search.best.rows.reshape(-1).clone() if "out" in search.sides else None
-    perm_in = search.best.cols.reshape(-1).clone() if "in" in search.sides else None
-    fit = _fitted(weight, search.asked, perm_in, perm_out)
-    history = [max(error, fit.relative_error) for error in search.history]
-    return replace(fit, history=[*history, fit.relative_error])
-
-
 def _auto(search: Search) -> None:
     _explore(search, {})
 
@@ -141,15 +146,16 @@ def _explore(search: Search, memo: Memo) -> None:
         from_identity(search)
         grouped(search)
     starts = [by_size(search), similar(search), *restarts(search)]
-    nested = nested_specs(search.asked)
-    if small or not nested:
+    families = nested_specs(search.asked)
+    if small or not families:
         starts.append(search.identity)
-    for spec in nested:
+    for spec in families:
         key = (spec.b, spec.rank)
         if key not in memo:
-            memo[key] = Search(search.source, spec, search.options)
-            _explore(memo[key], memo)
-        starts.append(widened(search, memo[key]))
+            nested = Search(search.source, spec, search.options)
+            _explore(nested, memo)
+            memo[key] = nested.best
+        starts.append(widened(search, spec, memo[key]))
     tried = [search.descend(start, [exchange], None if small else 1) for start in starts]
     best = search.descend(min(tried, key=lambda state: state.error), [exchange])
     if search.matrix.numel() <= LARGE:

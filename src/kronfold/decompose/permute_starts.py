@@ -81,17 +81,17 @@ def nested_specs(spec: KroneckerSpec) -> list[KroneckerSpec]:
     ]
 
 
-def widened(search: Search, child: Search) -> Arrangement:
-    """The best arrangement of a nested family, its groups joined to the larger groups of `search`.
+def widened(search: Search, family: KroneckerSpec, found: Arrangement) -> Arrangement:
+    """What was found for a nested family, its groups joined to the larger groups of `search`.
 
-    Any joining keeps the child's error, so the groups are dealt by size, where the larger family gains most.
+    Any joining keeps the family's error, so the groups are dealt by size, where the larger family gains most.
     """
     rows, cols = search.identity.rows, search.identity.cols
     energy = search.source.square()
     if "out" in search.sides:
-        rows = _joined(child.best.rows if child.asked.b[0] > 1 else None, energy.sum(1), rows.shape[1])
+        rows = _joined(found.rows if family.b[0] > 1 else None, energy.sum(1), rows.shape[1])
     if "in" in search.sides:
-        cols = _joined(child.best.cols if child.asked.b[1] > 1 else None, energy.sum(0), cols.shape[1])
+        cols = _joined(found.cols if family.b[1] > 1 else None, energy.sum(0), cols.shape[1])
     return search.fit(rows, cols)
 
 

@@ -51,9 +51,10 @@ class Search:
     """
 
     def __init__(self, weight: Tensor, asked: KroneckerSpec, options: Options) -> None:
-        weight = weight.double()
-        weight = weight / weight.abs().max()  # squares of very small or large weights stay finite
-        self.source = weight / weight.norm()
+        largest = torch.linalg.vector_norm(weight, torch.inf).double()
+        # one float64 copy, changed in place; squares of very small or large weights stay finite
+        self.source = weight.to(torch.float64, copy=True).div_(largest)
+        self.source.div_(self.source.norm())
         self.asked = asked
         self.matrix, self.spec = compact(self.source, asked)
         self.options = options

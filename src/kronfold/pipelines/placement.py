@@ -32,12 +32,13 @@ def fit_row(weight: Tensor, row: PlanRow, seed: int, weighting: Weighting | None
         raise RecipeError(f"{row.name}: structure {row.spec['structure']!r} cannot be fitted to a weight.")
     solve = structure.inits.get(row.spec.get("init", ""), structure.fit)
     spec = planning.spec_of(row)
+    searched = weighting is None and row.spec["structure"] == "kronecker" and (spec.searches_in or spec.searches_out)
     try:
+        plain_error = nearest_kronecker(weight, spec).relative_error if searched else None  # first: one fit in memory
         fit = solve(weight, spec, seed, weighting)
     except InputError as error:
         raise type(error)(f"{row.name}: {error}") from error
-    searched = weighting is None and row.spec["structure"] == "kronecker" and (spec.searches_in or spec.searches_out)
-    return fit, nearest_kronecker(weight, spec).relative_error if searched else fit.relative_error
+    return fit, fit.relative_error if plain_error is None else plain_error
 
 
 def weighting_for(row: PlanRow, weighting: Weighting) -> Weighting:

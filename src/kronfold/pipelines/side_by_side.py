@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+from kronfold.base.memory import give_back
 from kronfold.decompose.permute import one_thread
 
 AT_ONCE = 1 << 25  # numbers in all weights worked on at a time; a search holds about 40 bytes for each
@@ -35,7 +36,7 @@ def side_by_side(works: Sequence[Callable[[], T]], numbers: Sequence[int]) -> Ge
         alike = list(group)
         if is_large:
             for work, _ in alike:
-                yield work()
+                yield _done(work)
         else:
             fitting = AT_ONCE // max(1, *(size for _, size in alike))
             yield from _shared([work for work, _ in alike], min(torch.get_num_threads(), len(alike), fitting))
@@ -45,14 +46,14 @@ def _shared(works: Sequence[Callable[[], T]], workers: int) -> Generator[T, None
     if workers == 1:
         for work in works:
             with one_thread():
-                result = work()
+                result = _done(work)
             yield result
         return
     grad = torch.is_grad_enabled()  # a setting of each thread
 
     def run(work: Callable[[], T]) -> T:
         with torch.set_grad_enabled(grad):
-            return work()
+            return _done(work)
 
     with one_thread():  # new threads take their number of threads from here
         pool = ThreadPoolExecutor(workers)
@@ -61,3 +62,10 @@ def _shared(works: Sequence[Callable[[], T]], workers: int) -> Generator[T, None
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _done(work: Callable[[], T]) -> T:
+    try:
+        return work()
+    finally:
+        give_back()  # a search frees twenty times what it leaves
