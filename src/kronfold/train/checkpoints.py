@@ -16,6 +16,7 @@ from kronfold.base.files import write_json
 
 logger = logging.getLogger(__name__)
 
+DEEPSPEED = "latest"  # names the directory of its state
 SETTINGS = "heal.json"  # beside the checkpoints; what must be the same for a resumed run to be the same run
 
 
@@ -34,9 +35,14 @@ def damage(checkpoint: Path) -> str | None:
         return "trainer_state.json is cut off"
     if state.get("global_step") != step_of(checkpoint):
         return f"trainer_state.json is of step {state.get('global_step')}"
-    for name in ("optimizer.pt", "scheduler.pt"):
+    split = checkpoint / DEEPSPEED  # of a healing under DeepSpeed, in place of optimizer.pt
+    for name in ("scheduler.pt",) if split.exists() else ("optimizer.pt", "scheduler.pt"):
         if not zipfile.is_zipfile(checkpoint / name):
             return f"{name} is missing or cut off"
+    if split.exists():
+        parts = list((checkpoint / split.read_text(encoding="utf-8").strip()).glob("*.pt"))
+        if not parts or not all(zipfile.is_zipfile(part) for part in parts):
+            return "DeepSpeed's state is missing or cut off"
     method = checkpoint / "method.pt"  # only of methods with parameters of their own
     if method.exists() and not zipfile.is_zipfile(method):
         return "method.pt is cut off"

@@ -22,7 +22,7 @@ from kronfold.base import processes
 from kronfold.base.errors import DataError, InputError
 from kronfold.distill import Method, Objective
 from kronfold.distill.stored import StoredTeacher
-from kronfold.train import checkpoints, sharded
+from kronfold.train import checkpoints, sharded, zero
 from kronfold.train.activations import fused_gelu
 from kronfold.train.config import HealConfig
 from kronfold.train.order import ShuffledStream
@@ -114,12 +114,16 @@ def heal(
         raise InputError("resume and save_steps need checkpoints; say where with output_dir.")
     block, fingerprint = inspect_blocks(data)
     check_objective(objective, student, teacher, config.seed, block)
+    if zero.asked():
+        zero.check(objective.method)
     if isinstance(teacher, StoredTeacher):
         data = teacher.beside(data)
         fingerprint["offline_teacher"] = teacher.manifest.to_dict() | {"about": None}
     with contextlib.ExitStack() as stack:
         place = Path(output_dir) if output_dir else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         args = _arguments(config, student, place, device)
+        if zero.asked():
+            zero.complete(args)
         blocks_per_step = config.batch_size * config.accumulate * args.world_size
         _set_budget(args, config, config.steps_for(blocks_per_step * block), saves=output_dir is not None)
         settings = _settings(config, args, blocks_per_step, student) | fingerprint
@@ -166,7 +170,8 @@ def _train(
         )
         trainer.remove_callback(PrinterCallback)  # it prints to stdout
         start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with zero.differences_named():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return trainer.state, time.perf_counter() - start
 
 
@@ -174,13 +179,12 @@ def _check_launch(method: Method) -> None:
     """Raises InputError where accelerate was told to split the student in a way that healing cannot follow."""
     if sharded.asked():
         sharded.check(method)
-    for name, what in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
-        if processes.launcher_says(f"ACCELERATE_USE_{name}"):
-            raise InputError(
-                f"Healing under {what} is not supported. Start it with DDP (torchrun, or accelerate launch with "
-                "`distributed_type: MULTI_GPU`) or, where memory is short, with FSDP2 (`distributed_type: FSDP`, "
-                "`fsdp_version: 2`)."
-            )
+    if processes.launcher_says("ACCELERATE_USE_MEGATRON_LM"):
+        raise InputError(
+            "Healing under Megatron-LM is not supported. Start it with DDP (torchrun, or accelerate launch with "
+            "`distributed_type: MULTI_GPU`) or, where memory is short, with FSDP2 (`distributed_type: FSDP`, "
+            "`fsdp_version: 2`)."
+        )
 
 
 def inspect_blocks(data: Dataset) -> tuple[int, dict[str, Any]]:
@@ -206,7 +210,11 @@ def _arguments(
 ) -> TrainingArguments:
     on_cpu = not torch.cuda.is_available() if device is None else torch.device(device).type == "cpu"
     bf16 = bf16_is_fast("cpu" if on_cpu else "cuda") if config.bf16 == "auto" else config.bf16
+    where = {"use_cpu": on_cpu, "bf16": bf16}
+    if zero.asked():
+        where |= zero.settings(on_cpu, config.bf16)
     return TrainingArguments(
+        **where,
         output_dir=str(place),
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulate,
@@ -214,8 +222,6 @@ def _arguments(
         lr_scheduler_type=config.schedule,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        bf16=bf16,
-        use_cpu=on_cpu,
         seed=config.seed,
         logging_steps=config.log_every,
         logging_first_step=True,
@@ -249,6 +255,7 @@ def _settings(
         "bf16": args.bf16,
         "blocks_per_step": blocks_per_step,
         "student_parameters": numbers,
+        "deepspeed_processes": args.world_size if zero.asked() else None,  # its files are theirs, one each
     }
 
 

@@ -18,7 +18,7 @@ from kronfold.distill.losses import LOSSES
 from kronfold.distill.objective import Extra
 from kronfold.distill.stored import StoredTeacher
 from kronfold.distill.top_k import TopK
-from kronfold.train import companion, sharded
+from kronfold.train import companion, sharded, zero
 from kronfold.train.passes import observed
 
 
@@ -114,7 +114,10 @@ class DistillationTrainer(Trainer):
     def train(self, *args: Any, **options: Any) -> Any:
         """As `Trainer.train`; the student holds the trained weights afterwards, on the training device."""
         if self.whole is None:
-            return super().train(*args, **options)
+            found = super().train(*args, **options)
+            if self.is_deepspeed_enabled:
+                zero.settle(self.deepspeed, self.model)
+            return found
         try:
             with sharded.views_allowed():
                 found = super().train(*args, **options)
@@ -156,7 +159,7 @@ class DistillationTrainer(Trainer):
         """The objective on one micro-batch; `inputs` are `labels` and what the models take."""
         features = {name: value for name, value in inputs.items() if name != "labels"}
         compute = self._classifier_loss if self.classifies else self._causal_loss
-        with self.accelerator.autocast():
+        with self._autocast():
             loss, named, outputs = compute(model, features, inputs["labels"], num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # num_items_in_batch counts all processes, and DDP averages gradients where we want their sum.
@@ -165,6 +168,12 @@ class DistillationTrainer(Trainer):
         if model.training:
             self._remember(named)
         return (loss, {"loss": loss, **outputs}) if return_outputs else loss
+
+    def _autocast(self) -> Any:
+        """accelerate's, which leaves it to DeepSpeed where that runs; teacher and losses are ours there too."""
+        if self.is_deepspeed_enabled:
+            return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
+        return self.accelerator.autocast()
 
     def _causal_loss(
         self, model: nn.Module, features: dict[str, Any], labels: Tensor, items: Tensor | int | None
