@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import pico
 from kronfold import __version__
+from kronfold.cli import terminal
 
 
 @pytest.fixture(scope="module")
@@ -297,3 +298,13 @@ def test_a_full_disk_leaves_the_old_checkpoint(call, model, tmp_path, monkeypatc
     assert "No space left" in err
     assert {path.name: path.read_bytes() for path in (tmp_path / "small").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_what_libraries_print_is_no_result(capsys):
+    """DeepSpeed, once it is installed, logs on stdout; a JSON document must stand there alone."""
+    with terminal.progress_bar():
+        print("chatter")
+    terminal.emit({"held_parameters": 3}, True)
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == {"held_parameters": 3}
+    assert "chatter" in shown.err

@@ -106,8 +106,15 @@ def say(text: str) -> None:
 def progress_bar() -> Iterator[Any]:
     """Yields `report(what, done, total)`; shows one bar on stderr with elapsed time and ETA.
 
-    Where stderr is no terminal, each new task is announced by one line instead.
+    Where stderr is no terminal, each new task is announced by one line instead. What libraries print on stdout
+    meanwhile (DeepSpeed logs there) goes to stderr: stdout is for results.
     """
+    with contextlib.redirect_stdout(sys.stderr), _bars() as report:
+        yield report
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[Any]:
     if not err.is_terminal:
         yield _announcer()
         return

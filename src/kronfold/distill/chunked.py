@@ -27,6 +27,12 @@ from kronfold.distill.top_k import TopK
 _CACHED_ELEMENTS = 1 << 19
 
 
+def cached_rows(logits: Tensor) -> int:
+    """How many rows of logits (tokens, vocabulary) to pass over at a time; at least 1, at most all."""
+    tokens, vocabulary = logits.shape
+    return min(tokens, max(1, _CACHED_ELEMENTS // vocabulary)) if logits.device.type == "cpu" else tokens
+
+
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that the logits of `model` (or the head `model`) depend on directly.
 
@@ -152,12 +158,12 @@ def _losses_of_logits(run: _Run, logits: Tensor, rows: slice, differentiate: boo
     if run.teacher_head is not None and run.teacher_hidden is not None:
         teacher_logits = run.teacher_head(run.teacher_hidden[rows])
     labels, top = run.labels[rows], None if run.teacher_top is None else run.teacher_top[rows]
-    tokens, vocabulary = logits.shape
+    tokens = logits.shape[0]
     dtype = _at_least_float32(logits.dtype)
     gradient = torch.empty_like(logits) if differentiate else None
     weights = [torch.tensor(w, dtype=dtype, device=logits.device) for w in run.weights.values()]
     sums = torch.zeros(len(losses), dtype=dtype, device=logits.device)
-    step = max(1, _CACHED_ELEMENTS // vocabulary) if logits.device.type == "cpu" else tokens
+    step = cached_rows(logits)
     for start in range(0, tokens, step):
         block = slice(start, start + step)
         student = logits[block].to(dtype).requires_grad_(differentiate)

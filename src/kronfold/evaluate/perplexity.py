@@ -16,10 +16,11 @@ from torch.nn import functional
 from kronfold.base.errors import CheckpointError, DataError, InputError, suggest
 from kronfold.data.encode import token_stream
 from kronfold.data.sources import documents
+from kronfold.distill.chunked import cached_rows
 from kronfold.evaluate.forward import in_turn, split_head
 
 _TOKENS_PER_BATCH = 4096  # chosen batch: about this many tokens per forward pass
-_LOGITS_PER_CHUNK = 1 << 22  # at most about this many fp32 logits (16 MiB) at once
+_LOGITS_PER_CHUNK = 1 << 24  # at most about this many logits (64 MiB in fp32) at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,8 +227,11 @@ def _batches(windows: list[tuple[int, int, int]], batch_size: int | None) -> Ite
 def _loss(
     states: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], targets: torch.Tensor, rows: int
 ) -> float:
-    """Summed cross entropy in nats of (tokens, width) against (tokens,); fp32 logits of `rows` tokens at a time."""
+    """Summed cross entropy in nats of (tokens, width) against (tokens,); logits of `rows` tokens at a time, in fp32."""
     total = 0.0
     for piece, wanted in zip(states.split(rows), targets.split(rows), strict=True):
-        total += functional.cross_entropy(head(piece).float(), wanted, reduction="none").double().sum().item()
+        logits = head(piece)
+        few = cached_rows(logits)  # the passes of the softmax are several times slower from memory
+        for part, labels in zip(logits.split(few), wanted.split(few), strict=True):
+            total += functional.cross_entropy(part.float(), labels, reduction="none").double().sum().item()
     return total
