@@ -30,8 +30,10 @@ def launch(*arguments, check: bool = True) -> subprocess.CompletedProcess:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     path = os.pathsep.join([str(TESTS), *sys.path])
-    # gloo would otherwise ask the network for this machine's name
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
+    # gloo would otherwise ask the network for this machine's name, and DeepSpeed, which accelerate loads where it is
+    # installed, would say on stdout that it found no GPU
+    more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, **more}
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
         "--master-port", str(port), *map(str, arguments),

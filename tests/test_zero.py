@@ -26,7 +26,6 @@ def configured(patch, place, **config):
     file.write_text(json.dumps(config))
     patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     patch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
-    patch.setenv("DS_ACCELERATOR", "cpu")
 
 
 @pytest.fixture(scope="module", params=[1, 2])
