@@ -246,9 +246,8 @@ def test_scale_of_the_weight_does_not_matter(scale):
     assert errors[0] == pytest.approx(errors[1], abs=0.02)  # rounding may tip the search into a near optimum
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.float64]
-)  # float64 needs no conversion, but a copy all the same
+# float64 needs no conversion, but a copy all the same
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_the_weight_and_the_thread_count_are_left_as_they_were(dtype):
     weight = heavy_matrix(24, 16).to(dtype)
     copy, threads = weight.clone(), torch.get_num_threads()

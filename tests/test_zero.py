@@ -87,6 +87,12 @@ def test_methods_with_parameters_of_their_own_are_refused(together):
     assert "Method intermediate trains parameters of its own" in words
 
 
+def test_a_file_that_contradicts_healing_is_refused_by_name(together):
+    kind, words = together[1]["differs"]
+    assert kind == "InputError"
+    assert "gradient_clipping=7.0 vs hf max_grad_norm=1.0" in words
+
+
 @pytest.mark.parametrize(
     ("config", "options", "words"),
     [

@@ -5,6 +5,8 @@ The launch sets what `accelerate launch` sets from a configuration of `distribut
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -56,6 +58,12 @@ def main(place: Path) -> None:
     facts["resumed"] = trained({**resumable(), "student": sharded_jobs.factorized(9)}, **run, resume=True)
     wider = {"student": gpt2(0), "teacher": gpt2(1, width=24), "objective": jobs.WIDER}
     facts["refused"] = jobs.refusal(lambda: trained({**resumable(), **wider}))
+    file = place / "other.json"
+    processes.on_main(
+        lambda: file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": 7.0}))
+    )
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(file)
+    facts["differs"] = jobs.refusal(lambda: trained(jobs.healings()["kd"]))
     if processes.is_main():
         torch.save(facts, place / "facts.pt")
     processes.stop()

@@ -109,21 +109,17 @@ def heal(
     """
     config = HealConfig.from_options(**options)
     objective = Objective(config.objective)
-    _check_launch(objective.method)
     if output_dir is None and (resume or config.save_steps):
         raise InputError("resume and save_steps need checkpoints; say where with output_dir.")
     block, fingerprint = inspect_blocks(data)
     check_objective(objective, student, teacher, config.seed, block)
-    if zero.asked():
-        zero.check(objective.method)
+    _check_launch(objective.method)
     if isinstance(teacher, StoredTeacher):
         data = teacher.beside(data)
         fingerprint["offline_teacher"] = teacher.manifest.to_dict() | {"about": None}
     with contextlib.ExitStack() as stack:
         place = Path(output_dir) if output_dir else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         args = _arguments(config, student, place, device)
-        if zero.asked():
-            zero.complete(args)
         blocks_per_step = config.batch_size * config.accumulate * args.world_size
         _set_budget(args, config, config.steps_for(blocks_per_step * block), saves=output_dir is not None)
         settings = _settings(config, args, blocks_per_step, student) | fingerprint
@@ -179,6 +175,8 @@ def _check_launch(method: Method) -> None:
     """Raises InputError where accelerate was told to split the student in a way that healing cannot follow."""
     if sharded.asked():
         sharded.check(method)
+    if zero.asked():
+        zero.check(method)
     if processes.launcher_says("ACCELERATE_USE_MEGATRON_LM"):
         raise InputError(
             "Healing under Megatron-LM is not supported. Start it with DDP (torchrun, or accelerate launch with "
@@ -213,7 +211,7 @@ def _arguments(
     where = {"use_cpu": on_cpu, "bf16": bf16}
     if zero.asked():
         where |= zero.settings(on_cpu, config.bf16)
-    return TrainingArguments(
+    args = TrainingArguments(
         **where,
         output_dir=str(place),
         per_device_train_batch_size=config.batch_size,
@@ -233,6 +231,9 @@ def _arguments(
         ddp_find_unused_parameters=False,  # all are used, see DistillationTrainer; looking for others costs each step
         use_cache=bool(getattr(student.config, "use_cache", True)),  # the Trainer writes this into the config
     )
+    if zero.asked():
+        zero.complete(args)
+    return args
 
 
 def _set_budget(args: TrainingArguments, config: HealConfig, steps: int, saves: bool) -> None:

@@ -20,7 +20,6 @@ from kronfold.base import processes
 from kronfold.base.errors import InputError
 from kronfold.distill import Method
 
-STAGES = (0, 1, 2)
 OWN = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 
 
@@ -49,7 +48,7 @@ def _check_configuration() -> None:
 
     config = DeepSpeedPlugin().hf_ds_config  # as TrainingArguments will read it
     stage = int(config.get_value("zero_optimization.stage", 0))
-    if stage not in STAGES:
+    if stage > 2:
         raise InputError(
             f"Healing under DeepSpeed does ZeRO stages 1 and 2, and the configuration asks for {stage}. Set "
             "`zero_stage: 2`, or split the student itself with FSDP2 (`distributed_type: FSDP`, `fsdp_version: 2`)."
