@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -32,8 +32,8 @@ from kronfold.data.sources import documents
 from kronfold.data.stdlib import split_of, stdlib_documents
 from kronfold.data.tokenizer import train_tokenizer
 from kronfold.evaluate.perplexity import perplexity
+from kronfold.options import Options, read
 from kronfold.pipelines.model_card import model_card
-from kronfold.planner.recipe import validate
 from kronfold.train import checkpoints
 from kronfold.train.precision import bf16_is_fast
 
@@ -41,11 +41,7 @@ Progress = Callable[[int, int, dict[str, float]], None]
 _COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataConfig(_Strict):
+class DataConfig(Options):
     """`source`: "stdlib", or paths and datasets ids; `holdout`: share of documents for validation, by their hash."""
 
     source: str | Annotated[list[str], Field(min_length=1)] = "stdlib"
@@ -53,13 +49,13 @@ class DataConfig(_Strict):
     text_column: str = "text"
 
 
-class TokenizerConfig(_Strict):
+class TokenizerConfig(Options):
     """Byte-level BPE, trained on the training split."""
 
     vocab_size: int = Field(default=4096, ge=257)
 
 
-class ModelConfig(_Strict):
+class ModelConfig(Options):
     """Sizes of a GPT-2, named as in `GPT2Config`."""
 
     n_positions: int = Field(default=256, ge=2)
@@ -74,7 +70,7 @@ class ModelConfig(_Strict):
         return self
 
 
-class TrainingConfig(_Strict):
+class TrainingConfig(Options):
     """AdamW with linear warm-up (share of the steps) and cosine decay to 0; `batch_size` in blocks of n_positions.
 
     `dropout` acts on embeddings and residual branches during training and is 0 in the config that is saved.
@@ -94,8 +90,10 @@ class TrainingConfig(_Strict):
     compile: bool = False
 
 
-class PretrainConfig(_Strict):
+class PretrainConfig(Options):
     """A whole pre-training run. `name` heads the model card."""
+
+    error = RecipeError
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     data: DataConfig = DataConfig()
@@ -118,7 +116,7 @@ def load_pretrain_config(source: str | Path | PretrainConfig) -> PretrainConfig:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"Config {path} is not valid YAML: {error}") from error
-    config: PretrainConfig = validate(PretrainConfig, document, f"Config {path}")
+    config = read(PretrainConfig, document, f"Config {path}")
     return config
 
 

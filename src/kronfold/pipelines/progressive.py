@@ -30,19 +30,19 @@ from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer
 from kronfold.models.surgery import read_specs
+from kronfold.options.healing import HealConfig
 from kronfold.pipelines.auto import calibrate_on, plan_auto, settings_of
 from kronfold.pipelines.calibration import Calibration
 from kronfold.pipelines.gathers import absorb_gathers
-from kronfold.pipelines.healing import heal_by
 from kronfold.pipelines.objectives import check_objectives
 from kronfold.pipelines.run_state import Control, Report, Run, RunOptions
 from kronfold.pipelines.stage import keep_layers
 from kronfold.pipelines.steps import StepBook
-from kronfold.pipelines.together import made_once, split_batch
+from kronfold.pipelines.together import made_once
 from kronfold.planner import planning
 from kronfold.planner.plan import Plan, PlanRow
-from kronfold.planner.recipe import HealRecipe, Recipe, load_recipe
-from kronfold.train.heal import HealResult
+from kronfold.planner.recipe import Recipe, load_recipe
+from kronfold.train.heal import HealResult, heal
 
 
 def run(
@@ -77,7 +77,7 @@ def run(
     check_objectives(recipe)
     for stage in recipe.stages:
         if stage.heal:
-            split_batch(stage.heal.batch_size, options.micro_batch)
+            processes.split_batch(stage.heal.batch_size, options.micro_batch)
     teacher = load_model(options.model, device=options.device)
     tokenizer = load_tokenizer(options.model)
     given = None if recipe.auto else planning.plan(teacher, recipe)
@@ -160,7 +160,7 @@ def _searches(state: Run) -> bool:
 def _blocks(options: RunOptions, recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any) -> TokenBlocks:
     context = getattr(teacher.config, "max_position_embeddings", 1024)
     size = min(options.block_size or 1024, context)
-    budget = sum(stage.heal.tokens for stage in recipe.stages if stage.heal)
+    budget = sum(stage.heal.tokens or 0 for stage in recipe.stages if stage.heal)
     return pack(documents(options.train_text), tokenizer, size, max_tokens=budget or None)
 
 
@@ -290,23 +290,23 @@ def _trainer_of(place: Path) -> Path:
 
 
 def _heal(
-    state: Run, student: PreTrainedModel, recipe: HealRecipe, what: str, trainer_dir: Path | None, read: int
+    state: Run, student: PreTrainedModel, recipe: HealConfig, what: str, trainer_dir: Path | None, read: int
 ) -> HealResult:
     def progress(step: int, total: int, logs: dict[str, float] | None = None) -> None:
         loss = f" (loss {logs['loss']:.3f})" if logs and "loss" in logs else ""
         state.report(what + loss, step, total)
 
-    return heal_by(
-        recipe,
+    options = state.options
+    own = {"seed": options.seed, "start_tokens": read, "micro_batch": options.micro_batch}
+    return heal(
         student,
         state.teacher,
         state.blocks,
-        seed=state.options.seed,
+        config=recipe.model_copy(update=own),
+        device=student.device,
         output_dir=trainer_dir,
-        resume=state.book.resumed,
+        resume=state.book.resumed and trainer_dir is not None,
         progress=progress,
-        start_tokens=read,
-        micro_batch=state.options.micro_batch,
     )
 
 

@@ -22,9 +22,9 @@ from kronfold.base.files import (
     work_directory,
     write_json,
 )
+from kronfold.distill.losses import top_k as likeliest
 from kronfold.distill.pairs import check_head, is_classifier, position_faults, vocabulary
 from kronfold.distill.stored import MANIFEST, Manifest, StoredTeacher, damage, text_sha256
-from kronfold.distill.top_k import top_k as likeliest
 from kronfold.models.calibrate import fingerprint
 from kronfold.train.activations import fused_gelu
 from kronfold.train.heal import inspect_blocks, left_as_found

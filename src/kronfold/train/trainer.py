@@ -13,11 +13,10 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from kronfold.base.errors import InputError, OutputError
 from kronfold.distill import Moment, Objective, ObjectiveConfig, Signals, check_head, check_pair, is_classifier
-from kronfold.distill.divergence import Pair
-from kronfold.distill.losses import LOSSES
+from kronfold.distill.losses import LOSSES, TopK
 from kronfold.distill.objective import Extra
+from kronfold.distill.pairs import Pair
 from kronfold.distill.stored import StoredTeacher
-from kronfold.distill.top_k import TopK
 from kronfold.train import companion, sharded, zero
 from kronfold.train.passes import observed
 
@@ -63,7 +62,7 @@ class DistillationTrainer(Trainer):
         check_objective(self.objective, model, teacher, args.seed)
         if isinstance(teacher, StoredTeacher):
             teacher, args.remove_unused_columns = None, False  # its rows are columns that no model asks for
-        teacher = teacher if self.objective.config.needs_teacher else None
+        teacher = teacher if self.objective.needs_teacher else None
         self.classifies = is_classifier(model)
         for one in () if self.classifies else (model, *([teacher] if teacher is not None else [])):
             check_head(one)
@@ -324,10 +323,10 @@ def check_objective(
         check_pair(student, None, block)
         objective.bind(student, None, seed)
         return
-    if config.needs_teacher and teacher is None:
+    if objective.needs_teacher and teacher is None:
         cause = "kl is above 0" if config.weights.get("kl") else f"method {config.method} compares with one"
         way_out = "set kl to 0" if config.weights.get("kl") and config.method == "kd" else "choose method kd with kl 0"
         raise InputError(f"This objective needs a teacher ({cause}); pass one, or {way_out}.")
-    teacher = teacher if config.needs_teacher else None
+    teacher = teacher if objective.needs_teacher else None
     check_pair(student, teacher, block)
     objective.bind(student, teacher, seed)
