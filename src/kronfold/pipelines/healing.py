@@ -23,6 +23,7 @@ from kronfold.pipelines.objectives import objective_of
 from kronfold.pipelines.together import split_batch
 from kronfold.planner.recipe import HealRecipe
 from kronfold.train.heal import HealResult, heal
+from kronfold.train.watch import check_teacher_outputs
 
 
 def heal_to(
@@ -65,6 +66,7 @@ def heal_to(
     if stored:
         stored.check_teacher(original)
     blocks = processes.on_main(lambda: _blocks(train_text, tokenizer, model, recipe.tokens, stored))
+    check_teacher_outputs(original, blocks[0]["input_ids"])
 
     def measure(subject: PreTrainedModel, what: str) -> float | None:
         if eval_text is None:
