@@ -67,7 +67,7 @@ def calibrate(
         for i, group in enumerate(groups):
             found = gatherer.run(group, windows, with_gradients, seed, i == 0, _part(progress, i, len(groups)))
             reads |= gatherer.reads
-            check_finite(found.items(), what="the calibration statistics")
+            check_finite(found.items(), what="The calibration statistics")
             if place is None:
                 tensors |= found
             else:

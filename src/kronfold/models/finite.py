@@ -51,7 +51,7 @@ def listed(faults: list[str]) -> str:
 
 
 def check_finite(
-    model: PreTrainedModel | Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None, what: str = "the weights"
+    model: PreTrainedModel | Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None, what: str = "The weights"
 ) -> None:
     """Raise NotFiniteError unless all floating-point tensors are finite, and stay so in `dtype`; nothing is changed.
 
@@ -66,10 +66,12 @@ def check_finite(
     if all("become infinite" in fault for fault in faults):
         kind = str(dtype).removeprefix("torch.")
         wider = "float32" if dtype == torch.bfloat16 else "bfloat16 or float32"
-        raise NotFiniteError(f"Nothing was saved, {what} do not fit {kind}:{listed(faults)}\nUse --dtype {wider}.")
+        raise NotFiniteError(
+            f"{what} do not fit {kind}, so they were not written:{listed(faults)}\nUse --dtype {wider}."
+        )
     raise NotFiniteError(
-        f"Nothing was saved, {what} are not finite:{listed(faults)}\nThe model was damaged before: get the checkpoint "
-        "it was made from again, or train it again with a lower learning rate."
+        f"{what} are not finite, so they were not written:{listed(faults)}\nThe model was damaged before: get the "
+        "checkpoint it was made from again, or train it again with a lower learning rate."
     )
 
 

@@ -202,7 +202,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -
 
     Returns the bytes of each. Raises OutputError; NotFiniteError for numbers that are not finite, or not in `dtype`.
     """
-    check_finite(tensors.items(), dtype, f"the tensors of {path.name}")
+    check_finite(tensors.items(), dtype, f"The tensors of {path.name}")
     cast = {
         name: tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in tensors.items()

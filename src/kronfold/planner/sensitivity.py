@@ -208,7 +208,7 @@ def group_sizes(vocabulary: int, width: int = 1) -> list[int]:
 def save_curves(curves: Sequence[SiteCurve], path: str | Path) -> None:
     """Write curves as `PATH.json` and `PATH.safetensors`. Raises OutputError, NotFiniteError."""
     energies = {str(i): curve.energies.contiguous() for i, curve in enumerate(curves) if curve.energies is not None}
-    check_finite(energies.items(), what="the sensitivity curves")
+    check_finite(energies.items(), what="The sensitivity curves")
     with explain_write_errors(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_file(energies, f"{path}.safetensors")
