@@ -38,6 +38,7 @@ from kronfold.pipelines.steps import StepBook
 from kronfold.planner.budget import Budget
 from kronfold.planner.recipe import Recipe, load_recipe
 from kronfold.train.heal import heal
+from kronfold.train.watch import check_teacher_outputs
 
 # A dense model is near its optimum already; the larger steps that mend a broken one would throw it out.
 _DENSE_LEARNING_RATE = 2e-4
@@ -168,6 +169,7 @@ def compare(
     context = getattr(teacher.config, "max_position_embeddings", 1024)
     size = min(options.block_size or 1024, context)
     blocks = pack(documents(options.train_text), tokenizer, size, max_tokens=options.heal_tokens)
+    check_teacher_outputs(teacher, blocks[0]["input_ids"])
     for source in [*options.eval_texts.values(), *([options.lambada] if options.lambada else [])]:
         next(iter(documents(source)))  # an unreadable text must not surface after hours
     found = _calibrations(options, recipes, teacher, tokenizer, report)

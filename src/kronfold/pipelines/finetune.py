@@ -241,11 +241,10 @@ def _one_seed(
 
 
 def _save(model: PreTrainedModel, bench: _Bench, dtype: torch.dtype, place: Path) -> None:
-    model.to(dtype)
     if read_specs(model):
         attach(model)
     with atomic_directory(place, overwrite=True) as scratch:
-        write_model(model, bench.tokenizer, scratch)
+        write_model(model, bench.tokenizer, scratch, dtype)
 
 
 def _dtype(source: str, asked: str | None) -> torch.dtype:

@@ -22,6 +22,7 @@ from kronfold.models.load import load_model, load_tokenizer, read_dtype
 from kronfold.options.healing import HealConfig
 from kronfold.pipelines.checkpoint import save_checkpoint
 from kronfold.train.heal import HealResult, heal
+from kronfold.train.watch import check_teacher_outputs
 
 
 def heal_to(
@@ -63,6 +64,7 @@ def heal_to(
     if stored:
         stored.check_teacher(original)
     blocks = processes.on_main(lambda: _blocks(train_text, tokenizer, model, config.tokens or 0, stored))
+    check_teacher_outputs(original, blocks[0]["input_ids"])
 
     def measure(subject: PreTrainedModel, what: str) -> float | None:
         if eval_text is None:

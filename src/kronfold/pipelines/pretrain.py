@@ -25,17 +25,19 @@ from transformers import (
 )
 
 from kronfold.base import results
-from kronfold.base.errors import DataError, OutputError, RecipeError
+from kronfold.base.errors import DataError, DivergedError, OutputError, RecipeError
 from kronfold.base.files import atomic_directory, check_output, write_json
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
 from kronfold.data.stdlib import split_of, stdlib_documents
 from kronfold.data.tokenizer import train_tokenizer
 from kronfold.evaluate.perplexity import perplexity
+from kronfold.export.checkpoint import write_model
 from kronfold.options import Options, read
 from kronfold.pipelines.model_card import model_card
 from kronfold.train import checkpoints
 from kronfold.train.precision import bf16_is_fast
+from kronfold.train.watch import WatchedTrainer
 
 Progress = Callable[[int, int, dict[str, float]], None]
 _COMPILERS = ("c++", "g++", "clang++", "cl")
@@ -137,7 +139,8 @@ def pretrain(
     last loss, eval_loss and learning_rate. The perplexity in the results is of the fp16 weights as read back.
 
     Raises RecipeError (config), DataError (text), OutputError (place taken, unfinished run there, not writable),
-    CheckpointError (`resume` with other settings or data).
+    CheckpointError (`resume` with other settings or data), DivergedError (the loss or weights are no longer finite; a
+    resumed run with a lower training.learning_rate goes on from the last good checkpoint).
     """
     config = load_pretrain_config(config)
     if seed is not None:
@@ -164,7 +167,10 @@ def pretrain(
     set_seed(config.seed)
     model = GPT2LMHeadModel(_gpt2_config(config, tokenizer))
     start = time.perf_counter()
-    trainer = _train(model, config, blocks, partial, checkpoint, progress)
+    try:
+        trainer = _train(model, config, blocks, partial, checkpoint, progress)
+    except DivergedError as error:
+        raise checkpoints.mark_diverged(partial, settings, error) from error
     seconds = time.perf_counter() - start
     run = {
         "config": config.model_dump(mode="json"),
@@ -270,7 +276,8 @@ def _train(
     )
     if args.n_gpu > 1:
         args._n_gpu = 1  # several GPUs are for torchrun; nn.DataParallel would multiply the batch size unseen
-    trainer = Trainer(
+    trainer = WatchedTrainer(
+        activity="pre-training",
         model=model,
         args=args,
         train_dataset=blocks["train"],
@@ -323,8 +330,7 @@ def _write(
 ) -> dict[str, Any]:
     model.config.resid_pdrop = model.config.embd_pdrop = 0.0  # dropout belongs to this run, not to the model
     model.config.use_cache = True  # the Trainer switched it off
-    model.half().save_pretrained(place)
-    tokenizer.save_pretrained(place)
+    write_model(model, tokenizer, place, torch.float16)
     shipped = GPT2LMHeadModel.from_pretrained(place, dtype=torch.float32)
     found = perplexity(shipped, tokenizer, validation, "sliding")
     document = results.document("pretrain", config.seed, perplexity=found.perplexity, **run, evaluation=found.to_dict())

@@ -20,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kronfold.base import processes, results
-from kronfold.base.errors import InputError, suggest
+from kronfold.base.errors import DivergedError, InputError, suggest
 from kronfold.base.files import check_output, explain_write_errors, sha256_of_source, swap_directory, write_json
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
@@ -43,6 +43,7 @@ from kronfold.planner import planning
 from kronfold.planner.plan import Plan, PlanRow
 from kronfold.planner.recipe import Recipe, load_recipe
 from kronfold.train.heal import HealResult, heal
+from kronfold.train.watch import check_teacher_outputs
 
 
 def run(
@@ -81,6 +82,8 @@ def run(
     teacher = load_model(options.model, device=options.device)
     tokenizer = load_tokenizer(options.model)
     given = None if recipe.auto else planning.plan(teacher, recipe)
+    blocks = processes.on_main(lambda: _blocks(options, recipe, teacher, tokenizer))
+    check_teacher_outputs(teacher, blocks[0]["input_ids"])
     found = processes.on_main(lambda: _calibrate(options, recipe, teacher, given, tokenizer, report), share=False)
 
     def plan_for_budget() -> Plan:
@@ -88,7 +91,6 @@ def run(
         return plan_auto(teacher, found, recipe, options.budget, progress=report)
 
     plan = given or processes.on_main(plan_for_budget)
-    blocks = processes.on_main(lambda: _blocks(options, recipe, teacher, tokenizer))
     next(iter(documents(options.eval_text)))  # an unreadable evaluation text must not surface after hours
     work = output.with_name(output.name + ".partial")
     fingerprint = processes.on_main(lambda: _fingerprint(options, recipe, blocks))
@@ -165,9 +167,8 @@ def _blocks(options: RunOptions, recipe: Recipe, teacher: PreTrainedModel, token
 
 
 def _fingerprint(options: RunOptions, recipe: Recipe, blocks: TokenBlocks) -> dict[str, Any]:
-    free = ("device", "command", "name", "cache", "micro_batch")
+    free = ("device", "command", "name", "cache", "micro_batch", "dtype")  # dtype: of the last step alone
     fields = {key: value for key, value in asdict(options).items() if key not in free}
-    fields["dtype"] = str(options.dtype)
     fields["controls"] = sorted(options.controls)
     fields["model_sha256"] = sha256_of_source(options.model)
     fields["eval_sha256"] = sha256_of_source(options.eval_text)
@@ -298,26 +299,32 @@ def _heal(
 
     options = state.options
     own = {"seed": options.seed, "start_tokens": read, "micro_batch": options.micro_batch}
-    return heal(
-        student,
-        state.teacher,
-        state.blocks,
-        config=recipe.model_copy(update=own),
-        device=student.device,
-        output_dir=trainer_dir,
-        resume=state.book.resumed and trainer_dir is not None,
-        progress=progress,
-    )
+    try:
+        return heal(
+            student,
+            state.teacher,
+            state.blocks,
+            config=recipe.model_copy(update=own),
+            device=student.device,
+            output_dir=trainer_dir,
+            resume=state.book.resumed and trainer_dir is not None,
+            progress=progress,
+        )
+    except DivergedError as error:
+        raise DivergedError(
+            f"{what}: {error.finding} A recipe's learning rate belongs to the run: set learning_rate in the stages' "
+            "`heal` entries of a copy of the recipe, and start again with --overwrite.",
+            since=error.since,
+        ) from error
 
 
 def _finish(state: Run, student: PreTrainedModel, measured: dict[str, Any]) -> dict[str, Any]:
     """Save the student as it will be loaded, measure exactly that, and write results.json."""
     options = state.options
     dtype = options.dtype or load_model(options.model, dtype="auto").dtype
-    student.to(dtype)
     if read_specs(student):
         attach(student)
-    processes.on_main(lambda: write_model(student, state.tokenizer, state.work))
+    processes.on_main(lambda: write_model(student, state.tokenizer, state.work, dtype))
     final = state.perplexity(load_model(state.work, device=options.device), "the saved checkpoint")
     teacher, stages, controls = measured["teacher"], measured["stages"], measured["controls"]
     document = results.document(

@@ -28,6 +28,7 @@ from kronfold.decompose.low_rank import tail_energies
 from kronfold.decompose.nearest import nearest_kronecker
 from kronfold.decompose.weighting import Weighting
 from kronfold.models.calibrate import fingerprint
+from kronfold.models.finite import check_finite
 from kronfold.models.linear_view import LinearView, sites
 from kronfold.models.statistics import Statistics
 from kronfold.ops import kronecker
@@ -205,8 +206,9 @@ def group_sizes(vocabulary: int, width: int = 1) -> list[int]:
 
 
 def save_curves(curves: Sequence[SiteCurve], path: str | Path) -> None:
-    """Write curves as `PATH.json` and `PATH.safetensors`. Raises OutputError."""
+    """Write curves as `PATH.json` and `PATH.safetensors`. Raises OutputError, NotFiniteError."""
     energies = {str(i): curve.energies.contiguous() for i, curve in enumerate(curves) if curve.energies is not None}
+    check_finite(energies.items(), what="The sensitivity curves")
     with explain_write_errors(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_file(energies, f"{path}.safetensors")

@@ -87,7 +87,8 @@ def fine_tune(
         progress: called after every step with (step, steps).
 
     Raises:
-        InputError: no rows, a pair or objective that does not fit, or a loss that is no longer finite.
+        InputError: no rows, a pair or objective that does not fit. NotFiniteError: the teacher's outputs are not
+            finite. DivergedError: loss, gradients or weights are no longer finite.
     """
     if not rows:
         raise InputError("There are no examples to fine-tune on.")
@@ -110,7 +111,9 @@ def fine_tune(
             train_dataset=stream,
             data_collator=collate,
             callbacks=[watcher],
+            activity="fine-tuning",
         )
+        trainer.checks_weights_in_logs = True  # after each epoch, before it is measured and its weights are kept
         trainer.remove_callback(PrinterCallback)  # it prints to stdout
         started = time.perf_counter()
         trainer.train()
@@ -164,11 +167,6 @@ class _Epochs(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         losses = {name: value for name, value in logs.items() if name not in ("epoch", "learning_rate", "grad_norm")}
-        if not math.isfinite(losses["loss"]):
-            raise InputError(
-                f"The loss is {losses['loss']} at step {state.global_step}: the fine-tuning has diverged. Lower the "
-                f"learning rate (now {args.learning_rate:g})."
-            )
         score, dev = self.measure(model)
         # Where an epoch is shorter than a step, several end at once: they share what was measured.
         for _end in range(self.ends.count(state.global_step)):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from transformers.trainer_utils import SaveStrategy
 
 from kronfold.base import processes
-from kronfold.base.errors import DataError, InputError
+from kronfold.base.errors import DataError, DivergedError, InputError
 from kronfold.distill import Method, Objective
 from kronfold.distill.stored import StoredTeacher
 from kronfold.options import read
@@ -98,7 +98,8 @@ def heal(
         output_dir: where checkpoints go, plain `save_pretrained` directories with the state of the run
             beside. Written by the main process, read by all.
         resume: continue from the newest whole checkpoint in output_dir, or start afresh when there is none.
-            On CPU in float32 the result is bitwise that of the run that was never stopped.
+            On CPU in float32 the result is bitwise that of the run that was never stopped. After a divergence it
+            continues from the newest one of before, and wants another learning_rate, warmup or max_grad_norm.
         callbacks: further callbacks of transformers.Trainer.
         progress: called after every step with (step, steps, latest entry of `losses`), in the main process alone.
         config: budget, optimiser, objective. options: the fields of `HealConfig` instead, by name: tokens or steps,
@@ -106,7 +107,8 @@ def heal(
 
     Raises:
         InputError: options, budget, method or pair that cannot be used, an offline teacher of another text, method or
-            temperature; a loss that is no longer finite.
+            temperature. NotFiniteError: the teacher's outputs are NaN or infinite, before the student is changed.
+        DivergedError: loss, gradients or weights are no longer finite; good checkpoints stay in output_dir.
         DataError: no blocks, or blocks that are not integers of one length.
         OutputError, CheckpointError: output_dir is taken or cannot be written, or is of another run.
     """
@@ -134,7 +136,13 @@ def heal(
         watcher = _Watcher(progress if processes.is_main() else None, blocks_per_step * block)
         start = config.start_tokens // block
         stream = ShuffledStream(data, args.max_steps * blocks_per_step, config.seed, start)
-        state, seconds = _train(student, teacher, stream, config, args, checkpoint, [watcher, *callbacks])
+        try:
+            state, seconds = _train(student, teacher, stream, config, args, checkpoint, [watcher, *callbacks])
+        except DivergedError as error:
+            if output_dir is None:
+                raise
+            found = error
+            raise processes.on_main(lambda: checkpoints.mark_diverged(place, settings, found)) from error
         processes.barrier()  # the last checkpoint, which the main process writes, is whole
     steps, resumed_from = state.global_step, checkpoints.step_of(checkpoint) if checkpoint else None
     return HealResult(
@@ -167,7 +175,7 @@ def _train(
             stack.enter_context(without_dropout(student))
         student.float()
         trainer = DistillationTrainer(
-            student, teacher, config.objective, args=args, train_dataset=data, callbacks=callbacks
+            student, teacher, config.objective, args=args, train_dataset=data, callbacks=callbacks, activity="healing"
         )
         trainer.remove_callback(PrinterCallback)  # it prints to stdout
         start = time.perf_counter()
@@ -302,7 +310,7 @@ def without_dropout(model: PreTrainedModel) -> Iterator[None]:
 
 
 class _Watcher(TrainerCallback):
-    """Feeds the progress callback, and stops a run whose loss is no longer a number."""
+    """Feeds the progress callback."""
 
     def __init__(self, progress: Progress | None, tokens_per_step: int) -> None:
         self.progress = progress
@@ -317,11 +325,6 @@ class _Watcher(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if not logs or "loss" not in logs:
             return
-        if not math.isfinite(logs["loss"]):
-            raise InputError(
-                f"The loss is {logs['loss']} at step {state.global_step}: the healing has diverged. "
-                f"Lower the learning rate (now {args.learning_rate:g}) or raise the warm-up."
-            )
         self.latest = self.entry({**logs, "step": state.global_step})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
