@@ -17,6 +17,7 @@ from kronfold.models.linear_view import is_tied, sites
 from kronfold.nn import KroneckerLinear, LowRankLinear
 from kronfold.options import read
 from kronfold.planner.recipe import Recipe
+from kronfold.structures.kronecker import KroneckerLinear
 
 each_family = pytest.mark.parametrize("name", pico.FAMILY_CONFIGS)
 

@@ -21,6 +21,7 @@ from kronfold.export.checkpoint import write_model
 from kronfold.models.calibrate import calibrate
 from kronfold.models.finite import check_finite, not_finite
 from kronfold.models.load import load_classifier, load_model
+from kronfold.options.healing import HealConfig
 from kronfold.pipelines.checkpoint import compress_to, export_dense
 from kronfold.pipelines.compare import CompareOptions, compare
 from kronfold.pipelines.finetune import FineTuneOptions, finetune
@@ -30,7 +31,6 @@ from kronfold.pipelines.pretrain import pretrain
 from kronfold.pipelines.progressive import RunOptions, run
 from kronfold.pipelines.streaming import compress_streaming
 from kronfold.pipelines.teaching import teach_to
-from kronfold.planner.recipe import HealRecipe
 from kronfold.train import store_teacher
 from test_pretrain import settings
 from test_pretrain import text as rows  # noqa: F401  (a fixture)
@@ -38,7 +38,7 @@ from train_examples import Blocks
 
 NORM = "transformer.h.1.ln_2.weight"  # of no site: no fit ever looks at it
 WIDE = 7.1e4  # above 65,504, where float16 ends
-FIT = HealRecipe.model_validate({"tokens": 2048, "batch_size": 2})
+FIT = HealConfig(tokens=2048, batch_size=2)
 
 
 def changed(place: Path, name: str = NORM, value: float = math.nan) -> Path:
