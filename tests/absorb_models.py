@@ -14,7 +14,7 @@ from kronfold.decompose.low_rank import nearest_low_rank
 from kronfold.models import absorb as ab
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import is_tied, sites
-from kronfold.nn import KroneckerLinear, LowRankLinear
+from kronfold.nn import LowRankLinear
 from kronfold.options import read
 from kronfold.planner.recipe import Recipe
 from kronfold.structures.kronecker import KroneckerLinear
