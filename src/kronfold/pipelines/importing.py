@@ -13,7 +13,7 @@ from transformers import GPT2Config
 
 from kronfold.base import results
 from kronfold.base.errors import CheckpointError, InputError
-from kronfold.base.files import atomic_directory, check_output, explain_write_errors, sha256_of, write_json
+from kronfold.base.files import atomic_directory, check_output, sha256_of, write_json
 from kronfold.export.checkpoint import write_model
 from kronfold.export.published_tq import model_from_tq
 from kronfold.models.cost import cost
@@ -62,11 +62,7 @@ def import_tq(
         tokenizer=words is not None,
     )
     with atomic_directory(output, overwrite) as place:
-        if words is None:
-            with explain_write_errors(place):
-                model.save_pretrained(place)
-        else:
-            write_model(model, words, place)
+        write_model(model, words, place)
         write_json(place / "results.json", document)
     return document
 

@@ -32,6 +32,7 @@ from kronfold.data.sources import documents
 from kronfold.data.stdlib import split_of, stdlib_documents
 from kronfold.data.tokenizer import train_tokenizer
 from kronfold.evaluate.perplexity import perplexity
+from kronfold.export.checkpoint import write_model
 from kronfold.pipelines.model_card import model_card
 from kronfold.planner.recipe import validate
 from kronfold.train import checkpoints
@@ -325,8 +326,7 @@ def _write(
 ) -> dict[str, Any]:
     model.config.resid_pdrop = model.config.embd_pdrop = 0.0  # dropout belongs to this run, not to the model
     model.config.use_cache = True  # the Trainer switched it off
-    model.half().save_pretrained(place)
-    tokenizer.save_pretrained(place)
+    write_model(model.half(), tokenizer, place)
     shipped = GPT2LMHeadModel.from_pretrained(place, dtype=torch.float32)
     found = perplexity(shipped, tokenizer, validation, "sliding")
     document = results.document("pretrain", config.seed, perplexity=found.perplexity, **run, evaluation=found.to_dict())
