@@ -61,7 +61,7 @@ def compare(
     from kronfold.pipelines.compare import CompareOptions
     from kronfold.pipelines.compare import compare as run_comparison
     from kronfold.report.comparison import comparison_table
-    from kronfold.report.comparison_page import write_comparison
+    from kronfold.report.page import write_comparison
 
     device = t.prepare(device, seed)
     options = CompareOptions(
@@ -101,9 +101,8 @@ def report(
     """Draw the HTML page of a result file anew."""
     from kronfold.base.files import check_output, write_text
     from kronfold.report.comparison import comparison_table
-    from kronfold.report.comparison_page import render_comparison
     from kronfold.report.document import read_document
-    from kronfold.report.page import render
+    from kronfold.report.page import render, render_comparison
     from kronfold.report.tables import run_summary
 
     check_output(output, overwrite)

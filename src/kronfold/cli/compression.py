@@ -93,8 +93,7 @@ def plan(
     from kronfold.pipelines.checkpoint import make_plan
     from kronfold.planner.planning import skeleton_of
     from kronfold.planner.training import training_of
-    from kronfold.report.plans import training_table
-    from kronfold.report.tables import plan_table
+    from kronfold.report.plans import plan_table, training_table
 
     t.prepare(seed=seed)
     if output:

@@ -56,7 +56,7 @@ def finetune(
     from kronfold.base.errors import InputError
     from kronfold.distill import ObjectiveConfig
     from kronfold.pipelines import finetune as pipeline
-    from kronfold.report.evaluations import finetune_table
+    from kronfold.report.tables import finetune_table
     from kronfold.train.classify import LABELS_ONLY, FineTuneConfig
 
     if not teacher and (method != "kd" or method_option):
