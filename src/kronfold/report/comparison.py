@@ -83,6 +83,7 @@ def cells(document: Document, row: Compared) -> list[str]:
     passages = entry.get("lambada")
     asked = bool(teacher.get("lambada"))
     lambada = [f"{passages['accuracy']:.2%}", numbers.perplexity(passages["perplexity"])] if asked and passages else []
+    times = entry.get("decompose_seconds"), entry.get("heal_seconds")
     speed = "" if row.is_control else f"{row.speed:.2f} x"
     return [
         row.who,
@@ -95,10 +96,7 @@ def cells(document: Document, row: Compared) -> list[str]:
         "" if row.excess is None else numbers.signed_percent(row.excess),
         *(numbers.perplexity(entry["perplexities"][text]) for text in others),
         *lambada,
-        *(
-            "" if entry.get(key) is None else numbers.duration(entry[key])
-            for key in ("decompose_seconds", "heal_seconds")
-        ),
+        *("" if seconds is None else numbers.duration(seconds) for seconds in times),
         speed,
     ]
 
@@ -114,7 +112,7 @@ def notes(document: Document) -> list[str]:
     own = "each its own" if document["objective"] == "own" else "the same for all"
     lines = [
         f"{size}Healing: {numbers.count(tokens)} tokens each, seed "
-        f"{document['seed']}, objective {own}. Perplexity: {numbers.protocol(document['protocol'])}. "
+        f"{document.get('seed')}, objective {own}. Perplexity: {numbers.protocol(document['protocol'])}. "
         "Generation: tokens per second over the teacher's, greedy, batch 1, measured beside it."
     ]
     for row in rows:

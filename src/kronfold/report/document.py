@@ -43,9 +43,7 @@ def own_name(results: Document) -> str | None:
 def measured(results: Document) -> list[Measured]:
     """The teacher, every control that was run, the compressed model before and after healing, the track beside it."""
 
-    def row(
-        who: str, model: Document, value: Any, tokens: Any = None, rate: Any = None, ours: bool = False
-    ) -> Measured:
+    def row(who: str, model: Document, value: Any, tokens: Any = None, rate: Any = None, ours: bool = False) -> Any:
         return Measured(
             who, model.get("held_parameters"), tokens, value, excess_perplexity(results, value),
             rate if tokens else None, ours,

@@ -36,17 +36,8 @@ def _axis(title: str, **more: Any) -> Figure:
 
 
 def _line(name: str, x: list[Any], y: list[Any], colour: str, dash: str, hover: str = "", **more: Any) -> Figure:
-    line = {"color": colour, "dash": dash, "width": 2}
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "name": name,
-        "x": x,
-        "y": y,
-        "line": line,
-        "hovertemplate": hover,
-        **more,
-    }
+    look = {"line": {"color": colour, "dash": dash, "width": 2}, "hovertemplate": hover}
+    return {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, **look, **more}
 
 
 def _positive(value: Any) -> float | None:
@@ -116,19 +107,8 @@ def perplexity_figure(results: Document) -> Figure | None:
         places = [f"{label(stage['name'])}, {when}" for stage in own for when in ("compressed", "healed")]
         marker = {"color": colour, "symbol": [f"{symbol}-open", symbol] * len(own), "size": 10}
         x = list(range(2 * first, 2 * first + len(shown)))
-        data.append(
-            _line(
-                name,
-                x,
-                shown,
-                colour,
-                dash,
-                "%{text}<br>perplexity %{y:,.2f}",
-                mode="lines+markers",
-                text=places,
-                marker=marker,
-            )  # fmt: skip
-        )
+        trace = _line(name, x, shown, colour, dash, "%{text}<br>perplexity %{y:,.2f}")
+        data.append({**trace, "mode": "lines+markers", "text": places, "marker": marker})
     if not data:
         return None
     span = [-0.5, 2 * len(stages) - 0.5]
@@ -206,21 +186,10 @@ def loss_figure(results: Document) -> Figure | None:
             if not known:
                 continue
             named = any(trace["name"] == name for trace in data)  # one legend entry per curve, drawn in every panel
-            data.append(
-                _line(
-                    name,
-                    [point["tokens"] for point in known],
-                    [point[key] for point in known],
-                    colour,
-                    dash,
-                    f"{titles[key]} %{{y:.3f}} at %{{x:,}} tokens",
-                    legendgroup=name,
-                    showlegend=not named,
-                    mode="lines" if len(known) > 2 else "lines+markers",
-                    xaxis="x",
-                    yaxis=f"y{number + 1 if number else ''}",
-                )  # fmt: skip
-            )
+            x, y = [point["tokens"] for point in known], [point[key] for point in known]
+            trace = _line(name, x, y, colour, dash, f"{titles[key]} %{{y:.3f}} at %{{x:,}} tokens")
+            trace |= {"mode": "lines" if len(known) > 2 else "lines+markers", "legendgroup": name}
+            data.append({**trace, "showlegend": not named, "xaxis": "x", "yaxis": f"y{number + 1 if number else ''}"})
     axes: Figure = {"xaxis": _axis("healing tokens", rangemode="tozero", tickformat="~s")}
     for number, key in enumerate(panels):
         top, bottom = 1 - number / len(panels), 1 - (number + 1) / len(panels)
@@ -240,7 +209,7 @@ def healing_figure(results: Document) -> Figure:
     rows = compared(results)
     teacher, dense, recipes = rows[0], rows[1], rows[2:]
     names = [f"{label(row.who)} · {row.entry['held_parameters'] / 1e6:,.3g}M" for row in recipes]
-    quiet = {"showlegend": False, "hoverinfo": "skip"}
+    quiet: Figure = {"showlegend": False, "hoverinfo": "skip"}
     data = [
         _line("", [_positive(row.before), _positive(row.after)], [name, name], TEACHER, "solid", **quiet)
         for name, row in zip(names, recipes, strict=True)
@@ -283,7 +252,7 @@ def size_figure(results: Document) -> Figure:
             "hovertemplate": hover,
         }  # fmt: skip
 
-    quiet = {"showlegend": False, "hoverinfo": "skip"}
+    quiet: Figure = {"showlegend": False, "hoverinfo": "skip"}
     data = []
     for row in recipes:
         x = row.entry["held_parameters"]

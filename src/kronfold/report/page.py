@@ -122,12 +122,12 @@ def introduction(document: Document) -> str | None:
     if not beside:
         return None
     own, other = own_name(document), beside["recipe"]["name"]
-    tokens = sum(stage.get("tokens") or 0 for stage in document["stages"])
+    share = numbers.share(document["held_parameters"], document["teacher"].get("held_parameters"))
+    tokens = numbers.count(sum(stage.get("tokens") or 0 for stage in document["stages"]))
     return (
-        f"Two ways to the same size, {numbers.share(document['held_parameters'], document['teacher']['held_parameters'])}"
-        f" of the teacher: {own}, a published recipe of fixed shapes, with its controls; and {other}, kronfold's planner, "
-        f"which fits every matrix to data. Both heal on the same {numbers.count(tokens)} tokens with the same seed and "
-        f"are measured by the same protocol. The controls say what is the recipe's merit and what the data's."
+        f"Two ways to the same size, {share} of the teacher: {own}, a published recipe of fixed shapes, with its "
+        f"controls; and {other}, which plans and fits every matrix to data. Both heal on the same {tokens} tokens with "
+        "the same seed and are measured by the same protocol. The controls tell the recipe's merit from the data's."
     )
 
 

@@ -97,8 +97,8 @@ def _spent(plan: Document) -> RenderableType:
         reasons.add_row(Text(row["name"]), Text(str(row.get("label"))), Text(str(row.get("why", ""))))
     said = (
         f"Budget {budget['amount']:,.0f} {UNITS.get(budget['unit'], budget['unit'])}, met by {budget['met_by']:,.0f} "
-        f"(floor {budget['floor']:,.0f}). Predicted loss increase {budget['predicted_loss']:.4f} nats per token, within "
-        f"{budget['optimality_gap']:.1e} of the best choice for these predictions."
+        f"(floor {budget['floor']:,.0f}). Predicted loss increase {budget['predicted_loss']:.4f} nats per token, "
+        f"within {budget['optimality_gap']:.1e} of the best choice for these predictions."
     )
     return Group(table, reasons, Text(said))
 

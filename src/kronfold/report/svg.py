@@ -56,12 +56,15 @@ def draw(figure: Figure, width: int, title: str) -> Markup:
     for shape in layout.get("shapes", []):
         at = x(shape["x0"])
         parts.append(_path(f"M{at:.1f} {box[1]:.1f}V{box[3]:.1f}", shape["line"]["color"], "dot", 1))
-    parts += [_text(x(note["x"]), box[1] - 6, note["text"]) for note in notes]
+    for note in notes:
+        at = x(note["x"])
+        parts.append(_text(at, box[1] - 6, note["text"], "end" if at + _width(note["text"]) > width else "start"))
     room = (box[2] - box[0]) / max(len(x_ticks), 1)
     for at, text in x_ticks:
         parts.append(_text(at, box[3] + 18, _shortened(text, room), "middle"))
     said = layout["xaxis"].get("title", {}).get("text", "")
-    parts.append(_text((box[0] + box[2]) / 2, height - 10, _shortened(said, width - 8), "middle"))
+    centre = min((box[0] + box[2]) / 2, max(width - _width(said) / 2, width / 2))
+    parts.append(_text(centre, height - 10, _shortened(said, width), "middle"))
     return Markup(
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
     )
@@ -92,7 +95,7 @@ def _scale(
 
     if "tickvals" in axis:
         return place, [(place(at), text) for at, text in zip(axis["tickvals"], axis["ticktext"], strict=True)]
-    wanted = max(2, abs(end - start) / 90)
+    wanted = max(2, abs(end - start) / (90 if end > start else 40))  # upwards only the height of a line is needed
     power = 10.0 ** math.floor(math.log10((high - low) / wanted))
     step = next(power * digit for digit in (1, 2, 5, 10) if (high - low) / (power * digit) <= wanted)
     ticks = [index * step for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
@@ -121,19 +124,17 @@ def _grid(
     parts = [] if named else [f'<path class="grid" d="M{left:.1f} {at:.1f}H{right:.1f}"/>' for at, _ in y_ticks]
     parts += [f'<path class="grid" d="M{at:.1f} {edges[0]:.1f}V{edges[1]:.1f}"/>' for at, _ in x_ticks]
     parts.append(f'<path class="grid" d="M{left:.1f} {edges[0]:.1f}H{right:.1f}"/>')
-    # ticks of a log axis crowd together where the picture is low: one that would touch the last is left out
-    shown: list[float] = []
+    last = math.inf  # ticks of a log axis crowd where the picture is low: one that touches the last is left out
     for at, text in sorted(y_ticks, reverse=True):
-        if named or not shown or shown[-1] - at >= 13:
-            shown.append(at)
+        if named or last - at >= 13:
+            last = at
             parts.append(_text(left - 8, at + 4, _shortened(text, left - 10), "end"))
     lines = axis.get("title", {}).get("text", "").split("<br>")
     middle = (edges[0] + edges[1]) / 2
     for index, line in enumerate(lines):
         place = f'transform="translate({12 + 14 * index} {middle:.1f}) rotate(-90)"'
-        parts.append(
-            f'<text {place} text-anchor="middle">{_escaped(_shortened(line, abs(edges[0] - edges[1])))}</text>'
-        )
+        shown = _escaped(_shortened(line, abs(edges[0] - edges[1])))
+        parts.append(f'<text {place} text-anchor="middle">{shown}</text>')
     return parts
 
 
@@ -149,7 +150,8 @@ def _scatter(trace: Figure, x: Callable[[Any], float], y: Callable[[Any], float]
             if now
         ]
         line = trace["line"]
-        parts.append(_path("".join(steps), line["color"], line.get("dash", "solid"), line["width"], _said(trace, 0)))
+        said = _said(trace, 0) if trace["mode"] == "lines" else ""  # else the markers say it
+        parts.append(_path("".join(steps), line["color"], line.get("dash", "solid"), line["width"], said))
     if "markers" in trace["mode"]:
         marker = trace.get("marker") or {"color": trace["line"]["color"], "symbol": "circle", "size": 7}
         symbols = marker["symbol"] if isinstance(marker["symbol"], list) else [marker["symbol"]] * len(points)
@@ -204,7 +206,8 @@ def _marker(x: float, y: float, symbol: str, colour: str, r: float, said: str = 
     if shape == "square":
         return f'<rect x="{x - r:.1f}" y="{y - r:.1f}" width="{2 * r}" height="{2 * r}" {fill}>{said}</rect>'
     if shape == "diamond":
-        d = f"M{x:.1f} {y - 1.3 * r:.1f}l{1.3 * r:.1f} {1.3 * r:.1f}l{-1.3 * r:.1f} {1.3 * r:.1f}l{-1.3 * r:.1f} {-1.3 * r:.1f}z"
+        r *= 1.3
+        d = f"M{x:.1f} {y - r:.1f}l{r:.1f} {r:.1f}l{-r:.1f} {r:.1f}l{-r:.1f} {-r:.1f}z"
         return f'<path d="{d}" {fill}>{said}</path>'
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r}" {fill}>{said}</circle>'
 
@@ -217,9 +220,7 @@ def _path(d: str, colour: str, dash: str, width: float, said: str = "") -> str:
 def _said(trace: Figure, index: int) -> str:
     """What a browser shows over a point, from the trace's `hovertemplate`."""
     template = trace.get("hovertemplate", "").replace("<extra></extra>", "").replace("<br>", "\n")
-    if not template or (
-        trace["mode" if "mode" in trace else "type"] == "lines" and "%{x" in template and "%{y" in template
-    ):
+    if not template or (trace.get("mode") == "lines" and "%{x" in template and "%{y" in template):
         return ""  # a curve has no one point to speak of
 
     def value(match: re.Match[str]) -> str:

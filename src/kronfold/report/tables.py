@@ -154,11 +154,10 @@ def suite_table(found: Document) -> RenderableType:
     for name, one in found["texts"].items():
         perplexities = numbers.perplexity(one["perplexity"]), numbers.perplexity(one["perplexity_per_word"])
         table.add_row(Text(name), *perplexities, "", f"{numbers.count(one['tokens'])} tokens")
-        # without the number of windows, which differs from text to text
         parts = numbers.protocol(one["protocol"]).rstrip(")").split(", ")
-        said.append(
-            "texts: " + ", ".join(part for part in parts if not part.startswith(("windows ", "note none"))) + ")"
-        )
+        # without the number of windows, which differs from text to text
+        kept = ", ".join(part for part in parts if not part.startswith(("windows ", "note none")))
+        said.append(f"texts: {kept})")
     words = found["lambada"]
     accuracy = f"{100 * words['accuracy']:.2f} ± {100 * words['accuracy_stderr']:.2f} %"
     # A target of LAMBADA is a word, of one or more tokens: its perplexity is per word.
