@@ -25,7 +25,7 @@ from bench import Benchmark, Run, figure
 from kronfold.assets import teacher_path
 from kronfold.base.errors import DataError
 from kronfold.base.files import sha256_of
-from kronfold.structures.kronecker.search import METHODS
+from kronfold.structures.kronecker.permutations import METHODS
 
 FAMILIES = [((1, 2), 1), ((4, 2), 4)]  # block, rank
 

@@ -17,6 +17,15 @@ def add_to(app: typer.Typer) -> None:
         app.command()(command)
 
 
+_DEMO = """\
+A GPT-2 of 3.5 million parameters is made 29 % smaller in two ways, on this machine, from files inside the package:
+  tqcompressor  a published recipe: fixed shapes, Kronecker products with permutations, healed in three stages
+  auto          kronfold's planner: ranks chosen where the loss feels it least, fitted to text, at the same size
+Both heal by distillation on the same tokens with the same seed, and the same held-out text measures them. Healing the
+dense model on those tokens, and the recipe without permutations, show what is the data's merit and what the method's.
+"""
+
+
 def demo(
     output: Annotated[str, typer.Option("--output", "-o", help="Where the results go.")] = "kronfold-demo",
     heal_tokens: Annotated[int, typer.Option(help="Healing budget of each track, in tokens.")] = 200_000,
@@ -26,9 +35,10 @@ def demo(
     resume: t.Resume = False,
     json: t.Json = False,
 ) -> None:
-    """Compress and heal the small GPT-2 that ships inside the package. No network, about 3 minutes on 2 cores."""
+    """Two ways to the same size on the small GPT-2 inside the package. No network, about 4 minutes on 2 cores."""
     from kronfold import assets
 
+    t.say(_DEMO)
     options: dict[str, Any] = {
         "model": str(assets.teacher_path()),
         "name": "demo (the GPT-2 inside the package)",
@@ -37,6 +47,7 @@ def demo(
         "eval_text": str(assets.eval_text()),
         "heal_tokens": heal_tokens,
         "prompt": assets.PROMPT,
+        "beside": "auto",
         "seed": seed,
     }
     _run(options, output, device=device, dtype=None, overwrite=overwrite, resume=resume, json=json)
@@ -93,8 +104,7 @@ def plan(
     from kronfold.pipelines.checkpoint import make_plan
     from kronfold.planner.planning import skeleton_of
     from kronfold.planner.training import training_of
-    from kronfold.report.plans import training_table
-    from kronfold.report.tables import plan_table
+    from kronfold.report.plans import plan_table, training_table
 
     t.prepare(seed=seed)
     if output:
@@ -369,7 +379,9 @@ def _run(
             finish=lambda found, place: write_report(found, place / "report.html"),
         )  # fmt: skip
     t.emit(document, json, run_summary(document))
-    t.say(f"Checkpoint, results.json and report.html are in {output}/")
+    beside = document.get("beside")
+    also = f", {beside['recipe']['name']}'s checkpoint in {output}/{beside['checkpoint']}/" if beside else ""
+    t.say(f"Checkpoint, results.json and report.html are in {output}/{also}")
 
 
 def _decomposing(report: Any) -> Any:

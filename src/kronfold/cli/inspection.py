@@ -60,7 +60,7 @@ def evaluate(
     from kronfold.base.files import check_output, write_json
     from kronfold.evaluate.texts import named_texts
     from kronfold.pipelines import evaluation
-    from kronfold.report.evaluations import suite_table, task_table
+    from kronfold.report.tables import suite_table, task_table
 
     if suite and tasks:
         raise InputError("--suite and --tasks are two measurements; run them one after the other.")
@@ -199,7 +199,7 @@ def tune(
 ) -> None:
     """Measure this machine for a few seconds, so that structured layers choose the fastest way to compute on it."""
     from kronfold.pipelines.tuning import tune as measure
-    from kronfold.report.simple_table import simple_table
+    from kronfold.report.tables import simple_table
 
     document = measure(t.prepare(device), dtypes.split(","), threads, save=save)
     table = simple_table("Nanoseconds", ("rate", *(row["dtype"] for row in document["rows"])), 1)

@@ -76,7 +76,7 @@ def clean(
 ) -> None:
     """Repair web text, drop markup, boilerplate and duplicates; counts and examples per filter in the manifest."""
     from kronfold.data.clean import clean as run
-    from kronfold.report.cleaning import cleaning_table
+    from kronfold.report.tables import cleaning_table
 
     names = [name.strip() for name in filters.split(",") if name.strip()] if filters is not None else None
     with t.progress_bar() as report:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from kronfold.base import processes, results
 from kronfold.base.errors import DivergedError, InputError, suggest
 from kronfold.base.files import check_output, explain_write_errors, sha256_of_source, swap_directory, write_json
+from kronfold.base.progress import Progress
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
 from kronfold.evaluate.perplexity import PROTOCOLS
@@ -32,6 +33,7 @@ from kronfold.models.load import load_model, load_tokenizer
 from kronfold.models.surgery import read_specs
 from kronfold.options.healing import HealConfig
 from kronfold.pipelines.auto import calibrate_on, plan_auto, settings_of
+from kronfold.pipelines.beside import SCRATCH, second_recipe, second_samples, second_track
 from kronfold.pipelines.calibration import Calibration
 from kronfold.pipelines.gathers import absorb_gathers
 from kronfold.pipelines.objectives import check_objectives
@@ -76,7 +78,8 @@ def run(
     started = time.monotonic()
     recipe = load_recipe(options.recipe).with_heal_tokens(options.heal_tokens)
     check_objectives(recipe)
-    for stage in recipe.stages:
+    second = second_recipe(options, recipe)
+    for stage in [*recipe.stages, *(second.stages if second else [])]:
         if stage.heal:
             processes.split_batch(stage.heal.batch_size, options.micro_batch)
     teacher = load_model(options.model, device=options.device)
@@ -99,14 +102,15 @@ def run(
     processes.on_main(lambda: plan.save(work / "plan.json"), share=False)
     state = Run(options, recipe, work, book, teacher, tokenizer, blocks, report, plan, found)
     measured = _measure(state)
+    beside = second_track(state, second, _heal) if second else None
     student = load_model(work / "stages" / recipe.stages[-1].name, device=options.device)
-    document = _finish(state, student, measured)
+    document = _finish(state, student, measured, beside)
 
     def hand_over() -> None:
         finish(document, work)
         with explain_write_errors(output):
             swap_directory(work, output)
-        for leftover in ("stages", "plain", "steps.json"):
+        for leftover in ("stages", "plain", SCRATCH, "steps.json"):
             path = output / leftover
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -203,7 +207,7 @@ def _dense_finetuned(state: Run) -> dict[str, Any]:
     """The control every distillation result needs: the uncompressed model, same data, same tokens, CE only."""
     model = load_model(state.options.model, device=state.options.device)
     losses: list[dict[str, float]] = []
-    tokens, seconds = 0, 0.0
+    tokens, seconds, recipe = 0, 0.0, None
     for stage in state.recipe.stages:
         if stage.heal is None:
             continue
@@ -215,6 +219,7 @@ def _dense_finetuned(state: Run) -> dict[str, Any]:
     return {
         "perplexity": found["perplexity"],
         "tokens": tokens,
+        "learning_rate": recipe.learning_rate if recipe else None,
         "seconds": seconds,
         "held_parameters": cost(model).held_parameters,
         "losses": losses,
@@ -272,6 +277,7 @@ def _stage(
         healed = _heal(state, student, stage.heal, f"heal {stage.name}", _trainer_of(place), read)
         entry.update(
             after_healing=_stage_perplexity(state, student, f"{stage.name}, healed"),
+            learning_rate=stage.heal.learning_rate,
             tokens=healed.tokens,
             seconds=healed.seconds_in_all,
             losses=healed.losses,
@@ -293,9 +299,11 @@ def _trainer_of(place: Path) -> Path:
 def _heal(
     state: Run, student: PreTrainedModel, recipe: HealConfig, what: str, trainer_dir: Path | None, read: int
 ) -> HealResult:
-    def progress(step: int, total: int, logs: dict[str, float] | None = None) -> None:
-        loss = f" (loss {logs['loss']:.3f})" if logs and "loss" in logs else ""
-        state.report(what + loss, step, total)
+    progress = Progress.of(state.report).step(what)
+    tokens = recipe.batch_size * len(state.blocks[0]["input_ids"])  # of one step
+
+    def told(step: int, total: int, logs: dict[str, float] | None = None) -> None:
+        progress.update(step, total, loss=(logs or {}).get("loss"), tokens=step * tokens)
 
     options = state.options
     own = {"seed": options.seed, "start_tokens": read, "micro_batch": options.micro_batch}
@@ -308,7 +316,7 @@ def _heal(
             device=student.device,
             output_dir=trainer_dir,
             resume=state.book.resumed and trainer_dir is not None,
-            progress=progress,
+            progress=told,
         )
     except DivergedError as error:
         raise DivergedError(
@@ -318,7 +326,9 @@ def _heal(
         ) from error
 
 
-def _finish(state: Run, student: PreTrainedModel, measured: dict[str, Any]) -> dict[str, Any]:
+def _finish(
+    state: Run, student: PreTrainedModel, measured: dict[str, Any], beside: dict[str, Any] | None
+) -> dict[str, Any]:
     """Save the student as it will be loaded, measure exactly that, and write results.json."""
     options = state.options
     dtype = options.dtype or load_model(options.model, dtype="auto").dtype
@@ -355,7 +365,8 @@ def _finish(state: Run, student: PreTrainedModel, measured: dict[str, Any]) -> d
         stages=[_without_sample(stage) for stage in stages],
         controls={name: _without_sample(entry) for name, entry in controls.items()},
         budget=state.plan.budget,
-        samples=_samples(options, teacher, stages, controls),
+        **({"beside": _without_sample(beside)} if beside else {}),
+        samples=[*_samples(options, teacher, stages, controls), *second_samples(options, beside)],
         total_seconds=round(state.book.seconds(), 1),
     )
     processes.on_main(lambda: write_json(state.work / "results.json", document))

@@ -41,7 +41,9 @@ class RunOptions:
         block_size: training window in tokens, None for the model's context (at most 1024). micro_batch: the most blocks
             a process takes through the models at once, None for its share of the step.
         protocol: of every perplexity. controls: "dense" fine-tunes the teacher on the same data, "plain" repeats the
-            recipe without permutations; equal tokens and seed. prompt: start of the text samples, None for no samples.
+            recipe without permutations; equal tokens and seed. beside: a recipe that is planned for the size which
+            `recipe` reaches, healed on the same tokens, measured alike; None for none.
+        prompt: start of the text samples, None for no samples.
         dtype: of the saved weights, None for the teacher's own.
     """
 
@@ -57,6 +59,7 @@ class RunOptions:
     micro_batch: int | None = None
     protocol: str = "sliding"
     controls: Sequence[Control] = ("dense", "plain")
+    beside: str | None = None
     prompt: str | None = None
     sample_tokens: int = 48
     seed: int = 0
