@@ -96,7 +96,7 @@ class Encoder:
 
     def _pieces(self, documents: Iterable[str], most: int | None) -> Iterator[Piece]:
         # No entry of the vocabulary is longer, so this many characters hold the tokens that are wanted.
-        enough = None if most is None else max(_MOST, most * max(map(len, self.tokenizer.get_vocab())))
+        enough = None if most is None else max(PIECE, most * max(map(len, self.tokenizer.get_vocab())))
         parts = ((text, ends) for text, ends, _ in parts_of(documents))
         return pieces_of_parts(parts, PIECE if self.splits else None, enough)
 

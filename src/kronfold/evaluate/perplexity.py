@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from kronfold.base.errors import CheckpointError, DataError, InputError, suggest
 from kronfold.data.encode import token_stream
@@ -202,6 +201,10 @@ def _read(content: bytes) -> str:
 
 def _token_bytes(tokenizer: Any) -> Callable[[list[int], int], bytes]:
     """A function from the tokens before and a token to the bytes of text that the token stands for."""
+    from transformers.convert_slow_tokenizer import (
+        bytes_to_unicode,
+    )  # here: its import may load DeepSpeed, which prints
+
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = json.loads(backend.decoder.__getstate__()) if backend is not None and backend.decoder else {}
     kinds = {part["type"] for part in described.get("decoders", [described]) if part}
