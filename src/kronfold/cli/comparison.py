@@ -36,6 +36,8 @@ def compare(
     ] = None,
     target_ratio: t.TargetRatio = None,
     target_params: t.TargetParams = None,
+    text_column: t.TextColumnName = "text",
+    max_bad_rows: t.MaxBadRows = None,
     objective: Annotated[
         str, typer.Option(help="own: each recipe's objective; same: the default one for all.")
     ] = "own",
@@ -76,6 +78,7 @@ def compare(
         objective=t.one_of("--objective", objective, ("own", "same")),
         calibration=calibration or [],
         cache=str(cache_directory()) if cache else None,
+        reading=t.reading(text_column, max_bad_rows),
         protocol=protocol,
         block_size=block_size,
         seed=seed,

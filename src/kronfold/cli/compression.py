@@ -85,6 +85,8 @@ def plan(
     precision: t.Precision = "bf16",
     sharded: t.Sharded = False,
     cache: t.Cache = True,
+    text_column: t.TextColumnName = "text",
+    max_bad_rows: t.MaxBadRows = None,
     seed: t.Seed = 0,
     overwrite: t.Overwrite = False,
     json: t.Json = False,
@@ -119,7 +121,8 @@ def plan(
         subject = load_model(source) if weights else load_config(source)
         made = make_plan(
             subject, recipe, t.calibration_or_own(calibration) if planned else [], budget, source=source,
-            changes=changes, errors=errors, seed=seed, cache=cache_directory() if cache else None,
+            changes=changes, reading=t.reading(text_column, max_bad_rows), errors=errors, seed=seed,
+            cache=cache_directory() if cache else None,
             progress=_decomposing(report),
         )  # fmt: skip
     document = made.to_dict()
@@ -185,6 +188,8 @@ def compress(
         ),
     ] = False,
     cache: t.Cache = True,
+    text_column: t.TextColumnName = "text",
+    max_bad_rows: t.MaxBadRows = None,
     seed: t.Seed = 0,
     dtype: t.Dtype = None,
     resume: Annotated[
@@ -215,6 +220,7 @@ def compress(
     with t.progress_bar() as report:
         document = compress_to(
             t.resolve_model(model), output, recipe, plan, texts, budget, changes=changes,
+            reading=t.reading(text_column, max_bad_rows),
             cache=cache_directory() if cache else None, seed=seed, dtype=dtype, overwrite=overwrite,
             progress=_decomposing(report),
         )  # fmt: skip
@@ -253,6 +259,8 @@ def heal(
         typer.Option(metavar="NAME=VALUE", help="An option of the method; may be repeated.", show_default=False),
     ] = None,
     protocol: Annotated[str, typer.Option(help="Perplexity protocol: sliding or paper.")] = "sliding",
+    text_column: t.TextColumnName = "text",
+    max_bad_rows: t.MaxBadRows = None,
     seed: t.Seed = 0,
     device: t.Device = "auto",
     dtype: t.Dtype = None,
@@ -287,7 +295,7 @@ def heal(
         document = heal_to(
             model, t.resolve_model(teacher), train_text, output, recipe, eval_text=eval_text, protocol=protocol,
             seed=seed, device=device, dtype=dtype, offline_teacher=offline_teacher,
-            resume=resume, overwrite=overwrite, report=report,
+            reading=t.reading(text_column, max_bad_rows), resume=resume, overwrite=overwrite, report=report,
         )  # fmt: skip
     t.emit(document, json, _saved(document, output))
 
@@ -315,6 +323,8 @@ def run(
     prompt: Annotated[
         str | None, typer.Option(help="Start of the text samples in the report.", show_default=False)
     ] = None,
+    text_column: t.TextColumnName = "text",
+    max_bad_rows: t.MaxBadRows = None,
     seed: t.Seed = 0,
     device: t.Device = "auto",
     dtype: t.Dtype = None,
@@ -336,6 +346,7 @@ def run(
         "calibration": calibration or [],
         "budget": t.budget(target_params, target_ratio, target_macs, target_bytes),
         "cache": str(cache_directory()) if cache else None,
+        "reading": t.reading(text_column, max_bad_rows),
         "protocol": protocol,
         "block_size": block_size,
         "micro_batch": micro_batch,

@@ -89,7 +89,26 @@ TargetMacs = Annotated[
     str | None, typer.Option(help="Budget in multiply-accumulates per token, e.g. 60M.", show_default=False)
 ]
 TargetBytes = Annotated[str | None, typer.Option(help="Budget in bytes in fp16, e.g. 160MB.", show_default=False)]
-Text = Annotated[str, typer.Option(help=".txt, .jsonl or .parquet (also .gz), a directory of them, or a datasets id.")]
+Text = Annotated[
+    str,
+    typer.Option(
+        help=".txt, .jsonl or .parquet (also .gz, .zst), a directory of them, or a datasets id: ID, ID:CONFIG@SPLIT."
+    ),
+]
+TextColumnName = Annotated[
+    str,
+    typer.Option(
+        "--text-column", help="Column of the text in rows; several, comma-separated: the first that a row has."
+    ),
+]
+MaxBadRows = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|N%",
+        help="Rows without text that are skipped at most; default: 100 or 1%, whichever is more, and below half.",
+        show_default=False,
+    ),
+]
 
 
 def emit(document: dict[str, Any], as_json: bool, *readable: Any) -> None:
@@ -181,6 +200,13 @@ def budget(params: str | None, ratio: float | None, macs: str | None, bytes_: st
     from kronfold.planner.budget import Budget
 
     return Budget.parse(params, ratio, macs, bytes_)
+
+
+def reading(text_column: str, max_bad_rows: str | None) -> Any:
+    """How text sources are read. Raises InputError."""
+    from kronfold.data.bad_rows import Reading
+
+    return Reading(text_column, max_bad_rows)
 
 
 def one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:

@@ -26,6 +26,7 @@ from kronfold.base.progress import Progress
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
 from kronfold.evaluate.perplexity import PROTOCOLS
+from kronfold.evaluate.texts import open_text
 from kronfold.export.checkpoint import write_model
 from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
@@ -94,7 +95,7 @@ def run(
         return plan_auto(teacher, found, recipe, options.budget, progress=report)
 
     plan = given or processes.on_main(plan_for_budget)
-    next(iter(documents(options.eval_text)))  # an unreadable evaluation text must not surface after hours
+    next(open_text(options.eval_text, options.reading))  # an unreadable evaluation text must not surface after hours
     work = output.with_name(output.name + ".partial")
     fingerprint = processes.on_main(lambda: _fingerprint(options, recipe, blocks))
     book = StepBook.open(work, fingerprint, resume, discard=overwrite)
@@ -128,7 +129,10 @@ def _calibrate(
         return None
     settings = recipe.auto or settings_of(None)
     teacher = keep_layers(teacher, plan.layers if plan else None)
-    return calibrate_on(teacher, tokenizer, texts, settings, seed=options.seed, cache=options.cache, progress=report)
+    return calibrate_on(
+        teacher, tokenizer, texts, settings,
+        reading=options.reading, seed=options.seed, cache=options.cache, progress=report,
+    )  # fmt: skip
 
 
 def _check_options(options: RunOptions) -> None:
@@ -167,7 +171,7 @@ def _blocks(options: RunOptions, recipe: Recipe, teacher: PreTrainedModel, token
     context = getattr(teacher.config, "max_position_embeddings", 1024)
     size = min(options.block_size or 1024, context)
     budget = sum(stage.heal.tokens or 0 for stage in recipe.stages if stage.heal)
-    return pack(documents(options.train_text), tokenizer, size, max_tokens=budget or None)
+    return pack(documents(options.train_text, **asdict(options.reading)), tokenizer, size, max_tokens=budget or None)
 
 
 def _fingerprint(options: RunOptions, recipe: Recipe, blocks: TokenBlocks) -> dict[str, Any]:
@@ -351,10 +355,11 @@ def _finish(
                 "source": Path(options.train_text).name,
                 "tokens": state.blocks.tokens,
                 "sha256": state.blocks.sha256,
+                "read": state.blocks.read,
             },
             "eval": {
                 "source": Path(options.eval_text).name,
-                **{key: teacher["evaluation"][key] for key in ("tokens", "words", "bytes")},
+                **{key: teacher["evaluation"][key] for key in ("tokens", "words", "bytes", "read")},
             },
         },
         teacher={key: value for key, value in teacher.items() if key not in ("sample", "evaluation")},
