@@ -33,14 +33,17 @@ SCRATCH = "beside"  # in the work directory: the unhealed model, and what its he
 
 
 def second_recipe(options: RunOptions, first: Recipe) -> Recipe | None:
-    """The recipe of `options.beside` with the healing tokens of `first`, None where there is none.
+    """The recipe of `options.beside`, healing at `options.beside_rate` if there is one; None where there is none.
 
     Raises InputError, before any work: it is not planned, has several stages, or has the first one's name.
     """
     if options.beside is None:
         return None
-    tokens = sum(stage.heal.tokens or 0 for stage in first.stages if stage.heal)
-    recipe = load_recipe(options.beside).with_heal_tokens(tokens or None)
+    recipe = load_recipe(options.beside)
+    if options.beside_rate is not None and (heal := recipe.stages[0].heal):
+        heal = heal.model_copy(update={"learning_rate": options.beside_rate})
+        first_stage = recipe.stages[0].model_copy(update={"heal": heal})
+        recipe = recipe.model_copy(update={"stages": [first_stage, *recipe.stages[1:]]})
     if recipe.auto is None or len(recipe.stages) != 1 or recipe.name == first.name:
         raise InputError(
             f"Recipe {recipe.name} cannot stand beside {first.name}: it must be another one, with an auto entry (only "
@@ -50,14 +53,16 @@ def second_recipe(options: RunOptions, first: Recipe) -> Recipe | None:
     return recipe
 
 
-def second_track(state: Run, recipe: Recipe, heal: Callable[..., Any]) -> dict[str, Any]:
+def second_track(state: Run, recipe: Recipe, tokens: int, heal: Callable[..., Any]) -> dict[str, Any]:
     """The entry `beside` of the results: recipe, sizes, and `stages` as in the run. Two steps, each done once.
 
+    `tokens`: what the run's own stages were healed on in all, whole steps each; this track gets as many.
     `heal`: what heals the run's own stages: (run, student, settings, words, directory of checkpoints, tokens read).
     """
+    recipe = recipe.with_heal_tokens(tokens or None)
     unhealed = state.book.step(f"{SCRATCH}/unhealed", lambda: _unhealed(state, recipe))
     healed = {}
-    if recipe.stages[0].heal:
+    if recipe.stages[0].heal and tokens:
         healed = state.book.step(f"{SCRATCH}/healed", lambda: _healed(state, recipe, heal))
     if processes.is_main():
         shutil.rmtree(state.work / SCRATCH, ignore_errors=True)  # both steps are written down
@@ -118,9 +123,9 @@ def _unhealed(state: Run, recipe: Recipe) -> dict[str, Any]:
         "losses": [],
     }
     processes.on_main(lambda: write_model(student, state.tokenizer, place / "unhealed"))
-    if recipe.stages[0].heal is None:
-        _save(state, student, recipe)
-    return {"cost": cost(student).to_dict(), **facts, "stage": stage, "sample": state.text(student)}
+    found = {"cost": cost(student).to_dict(), **facts, "stage": stage, "sample": state.text(student)}
+    _save(state, student, recipe)  # the healed one takes its place
+    return found
 
 
 def _healed(state: Run, recipe: Recipe, heal: Callable[..., Any]) -> dict[str, Any]:

@@ -103,7 +103,8 @@ def run(
     processes.on_main(lambda: plan.save(work / "plan.json"), share=False)
     state = Run(options, recipe, work, book, teacher, tokenizer, blocks, report, plan, found)
     measured = _measure(state)
-    beside = second_track(state, second, _heal) if second else None
+    tokens = sum(stage["tokens"] for stage in measured["stages"])
+    beside = second_track(state, second, tokens, _heal) if second else None
     student = load_model(work / "stages" / recipe.stages[-1].name, device=options.device)
     document = _finish(state, student, measured, beside)
 

@@ -44,7 +44,8 @@ class RunOptions:
         reading: how all texts are read.
         protocol: of every perplexity. controls: "dense" fine-tunes the teacher on the same data, "plain" repeats the
             recipe without permutations; equal tokens and seed. beside: a recipe that is planned for the size which
-            `recipe` reaches, healed on the same tokens, measured alike; None for none.
+            `recipe` reaches, healed on the same tokens, measured alike; None for none. beside_rate: its
+            peak learning rate, None for the recipe's own.
         prompt: start of the text samples, None for no samples.
         dtype: of the saved weights, None for the teacher's own.
     """
@@ -63,6 +64,7 @@ class RunOptions:
     protocol: str = "sliding"
     controls: Sequence[Control] = ("dense", "plain")
     beside: str | None = None
+    beside_rate: float | None = None
     prompt: str | None = None
     sample_tokens: int = 48
     seed: int = 0
