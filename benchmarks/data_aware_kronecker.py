@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kronfold.base.errors import KronfoldError
@@ -36,11 +36,11 @@ from kronfold.evaluate.perplexity import perplexity
 from kronfold.models.calibrate import calibrate
 from kronfold.models.linear_view import sites
 from kronfold.models.load import load_model, load_tokenizer
+from kronfold.models.place import fitted_layer, place
 from kronfold.models.statistics import Statistics
-from kronfold.models.surgery import replace_modules
 from kronfold.pipelines.compress import compress
-from kronfold.pipelines.placement import fit_row, place_embedding, place_linear, weighting_for
 from kronfold.pipelines.sequential import compress_sequentially
+from kronfold.pipelines.stage import fit_row
 from kronfold.planner import planning
 from kronfold.planner.plan import Plan
 
@@ -51,15 +51,12 @@ def independent(model: PreTrainedModel, plan: Plan, statistics: Statistics, seed
     """Every row fitted under the statistics of the dense model."""
     student = copy.deepcopy(model)
     for stage in plan.stages:
-        views, modules = sites(student), dict[str, nn.Module]()
-        for row in stage.rows:
-            view = views[row.name]
-            fit, _ = fit_row(view.weight(), row, seed, weighting_for(row, statistics.weighting(view)))
-            if view.kind == "embedding":
-                place_embedding(student, modules, view, row, fit)
-            else:
-                place_linear(modules, view, row, fit)
-        replace_modules(student, modules)
+        views = sites(student)
+        pairs = [(row, views[row.name]) for row in stage.rows]
+        fits = [fit_row(view.weight(), row, seed, statistics.weighting(view))[0] for row, view in pairs]
+        layers = [fitted_layer(view, row.spec, fit) for (row, view), fit in zip(pairs, fits, strict=True)]
+        for (row, view), layer in zip(pairs, layers, strict=True):
+            place(student, view, layer, row.head)
     return student
 
 

@@ -1,4 +1,4 @@
-"""One to many rows times a weight: `F.linear`, and weight first, `weight @ rows.T` (`kronfold.ops.few_rows`).
+"""One to many rows times a weight: `F.linear`, and weight first, `weight @ rows.T` (`structures.rates.linear`).
 
     python benchmarks/few_rows.py -o benchmarks/results/few_rows.json
 
@@ -16,8 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from kronfold.base.errors import KronfoldError
-from kronfold.ops.cost import FEW, FEW_INNER
-from kronfold.ops.tuning import interleaved
+from kronfold.structures.rates import FEW, FEW_INNER, interleaved
 from timing import figure, finish, parser, prepare
 
 SHAPES = ((768, 384), (3072, 384), (1536, 768), (313, 768), (768, 3072), (50257, 192), (50257, 384))  # (out, in)

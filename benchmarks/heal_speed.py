@@ -46,13 +46,12 @@ from kronfold.data.packing import TokenBlocks
 from kronfold.distill import ObjectiveConfig
 from kronfold.distill.stored import StoredTeacher
 from kronfold.models.cost import cost
-from kronfold.models.linear_view import sites
 from kronfold.models.load import load_model
+from kronfold.models.place import build_skeleton, read_specs
 from kronfold.models.presets import preset_config
-from kronfold.models.surgery import build_skeleton
-from kronfold.nn import TiedHead
 from kronfold.pipelines.gathers import absorb_gathers
 from kronfold.planner import planning
+from kronfold.structures.levels import TiedHead
 from kronfold.train import bf16_is_fast, heal, store_teacher
 from kronfold.train.heal import left_as_found, without_dropout
 from timing import figure, finish, interleaved, medians, parser, prepare, wait
@@ -90,12 +89,10 @@ def models(source: str | None, quick: bool, device: str) -> tuple[PreTrainedMode
             config.n_embd, config.n_layer, config.n_head, config.vocab_size = 64, 2, 4, 1000
         teacher = AutoModelForCausalLM.from_config(config).to(device)
     student = AutoModelForCausalLM.from_config(config)
-    plan, specs = planning.plan(config, "tqcompressor"), {}
-    skeleton, head = planning.skeleton_of(config), planning.name_of_tied_head(planning.skeleton_of(config))
-    for stage in plan.stages:
-        specs = planning.specs_after(sites(skeleton), stage.rows, specs, head)
-        skeleton = planning.skeleton_of(config, specs)
-    build_skeleton(student, specs)
+    skeleton = planning.skeleton_of(config)
+    for stage in planning.plan(config, "tqcompressor").stages:
+        planning.place_empty(skeleton, stage.rows)
+    build_skeleton(student, read_specs(skeleton))
     for buffer in student.buffers():
         if buffer.dtype == torch.int32:  # gathers
             buffer.copy_(torch.randperm(len(buffer)))

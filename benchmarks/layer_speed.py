@@ -37,14 +37,15 @@ from kronfold.base.results import document
 from kronfold.models.absorb import expected_gathers
 from kronfold.models.linear_view import sites
 from kronfold.models.load import load_config
-from kronfold.models.structures import STRUCTURES
-from kronfold.models.surgery import read_specs
 from kronfold.models.truncate import truncate
-from kronfold.nn import KroneckerLinear, LowRankLinear
-from kronfold.ops import cost, kronecker
-from kronfold.ops.tuning import interleaved
-from kronfold.planner.planning import name_of_tied_head, skeleton_of, specs_after
+from kronfold.nn.kronecker_linear import KroneckerLinear
+from kronfold.ops import kronecker
+from kronfold.planner.planning import place_empty, skeleton_of
 from kronfold.planner.recipe import load_recipe, shipped_recipes
+from kronfold.structures import rates
+from kronfold.structures.low_rank import LowRankLinear
+from kronfold.structures.rates import interleaved
+from kronfold.structures.registry import STRUCTURES
 from timing import parser, prepare
 
 Job = Callable[[], object]
@@ -54,14 +55,11 @@ OPTIONAL = ("peft", "tltorch", "pyfastkron")
 def skeleton_after(config: Any, recipe: str) -> Any:
     """The model a recipe makes of a config, without weights, gathers as its fitting leaves them."""
     skeleton = skeleton_of(config)
-    specs, head = read_specs(skeleton), name_of_tied_head(skeleton)
     made = kf.plan(config, recipe)
     if made.layers:
         skeleton = truncate(skeleton, made.layers.kept)
-        config = skeleton.config
     for stage in made.stages:
-        specs = specs_after(sites(skeleton), stage.rows, specs, head)
-        skeleton = skeleton_of(config, specs)
+        place_empty(skeleton, stage.rows)
     return skeleton
 
 
@@ -87,7 +85,7 @@ def shapes(recipes: list[str]) -> list[dict[str, Any]]:
 
 def make_layer(spec: dict[str, Any], dtype: torch.dtype, device: str) -> KroneckerLinear | LowRankLinear:
     """A layer with random factors and, where it gathers, random permutations."""
-    layer = STRUCTURES.get(spec["structure"]).module.from_spec(spec, True, device, dtype).eval()
+    layer = STRUCTURES.get(spec["structure"]).layer.from_spec(spec, True, device, dtype).eval()
     for buffer in layer.buffers():
         buffer.copy_(torch.randperm(buffer.numel()))
     return layer
@@ -239,9 +237,9 @@ def bar_of(layer: Any, role: str, tokens: int) -> float:
 def chosen(layer: Any, x: torch.Tensor, training: bool) -> str:
     """How the layer computes this call."""
     if isinstance(layer, LowRankLinear):
-        return "factor" if layer._by_factor(len(x), cost.rates_for(x), training) else "gathered"
+        return "factor" if layer._by_factor(len(x), rates.rates_for(x), training) else "gathered"
     s, gathers = layer.spec, (layer.gather_in is not None, layer.gather_out is not None)
-    return kronecker.fastest_order(s.a, s.b, s.rank, len(x), *gathers, cost.rates_for(x), training)
+    return kronecker.fastest_order(s.a, s.b, s.rank, len(x), *gathers, rates.rates_for(x), training)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -308,9 +306,9 @@ def main() -> None:
                     rows += measure(entry, getattr(torch, dtype), tokens, options)
             print(entry["role"], entry["spec"], file=sys.stderr, flush=True)
         content = {
-            "device": cost.device_name(options.device),
+            "device": rates.device_name(options.device),
             "threads": torch.get_num_threads(),
-            "rates_saved": cost.rates_path().is_file(),
+            "rates_saved": rates.rates_path().is_file(),
             "libraries": options.installed,
             "rows": rows,
         }

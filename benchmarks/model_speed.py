@@ -35,11 +35,10 @@ from kronfold.base.files import write_json
 from kronfold.base.results import document
 from kronfold.evaluate.speed import generation_speed
 from kronfold.models.cost import cost
+from kronfold.models.place import build_skeleton, read_specs
 from kronfold.models.presets import preset_config
-from kronfold.models.surgery import build_skeleton, read_specs
-from kronfold.ops.cost import device_name, rates_path
-from kronfold.ops.tuning import interleaved
 from kronfold.pipelines.gathers import absorb_gathers
+from kronfold.structures.rates import device_name, interleaved, rates_path
 from layer_speed import skeleton_after
 from timing import parser, prepare
 

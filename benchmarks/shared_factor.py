@@ -21,9 +21,6 @@ from torch import Tensor, nn
 from budget_comparison import excerpt
 from kronfold.base.files import write_json
 from kronfold.base.results import document
-from kronfold.base.specs import LowRankSpec
-from kronfold.decompose.low_rank import nearest_low_rank
-from kronfold.decompose.weighting import Weighting
 from kronfold.evaluate.perplexity import perplexity
 from kronfold.models.linear_view import LinearView, sites
 from kronfold.models.load import load_model, load_tokenizer
@@ -31,6 +28,8 @@ from kronfold.pipelines.auto import calibrate_on, fit_rows, plan_auto, settings_
 from kronfold.pipelines.calibration import Calibration
 from kronfold.planner.budget import Budget
 from kronfold.planner.recipe import load_recipe
+from kronfold.structures.low_rank import LowRankSpec, nearest_low_rank
+from kronfold.structures.weighting import Weighting
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:

@@ -16,8 +16,8 @@ from kronfold.decompose.permute import permuted_kronecker
 from kronfold.decompose.permute_state import Options
 from kronfold.decompose.permute_weighted import _Search
 from kronfold.decompose.permute_weighted_in import moved, rearrangements
-from kronfold.decompose.weighting import Weighting, root
 from kronfold.ops import kronecker
+from kronfold.structures.weighting import Weighting, root
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kronfold.ops import kronecker
-from kronfold.ops.cost import built_in
-from kronfold.ops.permutation import drop_identity
+from kronfold.structures.permutations import drop_identity
+from kronfold.structures.rates import built_in
 
 SHAPES = [  # rank, (out_a, in_a), (out_b, in_b)
     (1, (6, 4), (1, 2)),

@@ -91,7 +91,7 @@ def test_plan_counts_what_is_held(teacher, students, tmp_path, name):
     for row in made.rows:
         plain = row.relative_error if row.relative_error_plain is None else row.relative_error_plain
         assert 0 <= row.relative_error <= plain + 1e-12 < 1
-        assert (row.relative_error_plain is None) == (row.spec["structure"] != "kronecker")
+        assert (row.relative_error_plain is None) == (row.structure != "kronecker")
         assert ("full rank" in name) == (row.relative_error < 1e-6)
 
 

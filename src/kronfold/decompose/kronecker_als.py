@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from kronfold.decompose.fit import Fit
-from kronfold.decompose.weighting import Weighting
 from kronfold.ops import kronecker
+from kronfold.structures.weighting import Weighting
 
 SWEEPS = 20
 TOLERANCE = 1e-4  # a fit ends when a sweep lowers its error by less than this share of it

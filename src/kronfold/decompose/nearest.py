@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import svds
 from torch import Tensor
 
-from kronfold.base.errors import InputError, ShapeError
 from kronfold.base.specs import KroneckerSpec
 from kronfold.decompose.fit import Fit
 from kronfold.decompose.kronecker_als import weighted_fit
-from kronfold.decompose.weighting import Weighting
 from kronfold.ops import kronecker
+from kronfold.structures.weighting import Weighting, check_weight
 
 GRAM_SIZE = 1024  # a side of R(W) up to this size is solved through its Gram matrix
 CHUNK_NUMBERS = 1 << 22  # float64 numbers rearranged at a time (32 MiB)
@@ -68,32 +66,6 @@ def nearest_kronecker_batch(weights: Tensor | Sequence[Tensor], spec: KroneckerS
     else:
         bases = [_refined(w, spec, right_basis(kronecker.rearrange(w.double(), *spec.b), spec.rank)) for w in matrices]
     return [_finish(w, basis, spec) for w, basis in zip(matrices, bases, strict=True)]
-
-
-def check_weight(weight: Tensor, spec: Any) -> Tensor:
-    """`weight` detached on the CPU in its own dtype, once it is known to fit `spec`. Raises as above."""
-    if weight.dim() != 2:
-        raise ShapeError(
-            f"A weight must be a matrix (out_features, in_features); got shape {tuple(weight.shape)}. "
-            "Pass one layer at a time, or nearest_kronecker_batch for a stack."
-        )
-    spec.check_weight((weight.shape[0], weight.shape[1]))
-    if not weight.is_floating_point():
-        raise InputError(
-            f"A weight must hold floating-point numbers; got {weight.dtype}. Dequantise it or call .float() first."
-        )
-    if not torch.isfinite(weight).all():
-        bad = int((~torch.isfinite(weight)).sum())
-        raise InputError(
-            f"The weight {tuple(weight.shape)} holds {bad} values that are NaN or infinite; only finite numbers can "
-            "be decomposed. Check the checkpoint, or a cast to float16 that overflowed."
-        )
-    if not weight.any():
-        raise InputError(
-            f"The weight {tuple(weight.shape)} is all zeros: its relative error is undefined. "
-            "Leave this layer out of the plan."
-        )
-    return weight.detach().cpu()
 
 
 def right_basis(rearranged: Tensor, rank: int) -> Tensor:

@@ -26,7 +26,7 @@ from kronfold.decompose.permute_starts import by_size, is_small, nested_specs, r
 from kronfold.decompose.permute_state import Arrangement, Options, Search
 from kronfold.decompose.permute_swaps import swap
 from kronfold.decompose.permute_weighted import scaled, weighted_search
-from kronfold.decompose.weighting import Weighting
+from kronfold.structures.weighting import Weighting
 
 FINE_STEPS = 2e-4  # tolerance of weighted moves where out_b is 1
 SWEEPS_LARGE = 2  # weighted sweeps of a large weight; the first ones gain nearly all there is

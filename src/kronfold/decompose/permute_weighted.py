@@ -25,7 +25,7 @@ from kronfold.decompose.kronecker_als import (
 from kronfold.decompose.permute_state import Options
 from kronfold.decompose.permute_weighted_in import Move, moved, rearrangements
 from kronfold.decompose.permute_weighted_out import exchange_rows
-from kronfold.decompose.weighting import Weighting
+from kronfold.structures.weighting import Weighting
 
 ROUGH_SWEEPS = 4  # of refitting for the starts that nothing is promised about
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from kronfold.base.specs import KroneckerSpec
 from kronfold.decompose.fit import Fit
-from kronfold.decompose.nearest import check_weight
-from kronfold.decompose.weighting import Weighting
+from kronfold.structures.weighting import Weighting, check_weight
 
 
 def pruned_kronecker(weight: Tensor, spec: KroneckerSpec, weighting: Weighting | None = None) -> Fit:

@@ -82,7 +82,7 @@ class KronfoldQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> PreTrainedModel:
         from kronfold.export.checkpoint import check_tensors
-        from kronfold.models.surgery import build_skeleton
+        from kronfold.models.place import build_skeleton
 
         specs = _for_class(model, self.quantization_config.specs)
         build_skeleton(model, specs)
@@ -97,7 +97,7 @@ class KronfoldQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        from kronfold.models.surgery import read_specs
+        from kronfold.models.place import read_specs
 
         # Called when saving: write down what the model is now, which later stages may have changed.
         self.quantization_config.specs = read_specs(model)
@@ -157,7 +157,7 @@ def _mark_initialised(model: PreTrainedModel, specs: dict[str, Any]) -> None:
 
 def attach(model: PreTrainedModel) -> None:
     """Make a model that was just operated on save itself as a kronfold checkpoint (`model.save_pretrained`)."""
-    from kronfold.models.surgery import read_specs
+    from kronfold.models.place import read_specs
 
     config = KronfoldConfig(read_specs(model))
     model.config.quantization_config = config

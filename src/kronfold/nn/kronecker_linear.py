@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from kronfold.base.specs import KroneckerSpec, Pair
-from kronfold.nn.structured import TOKEN_COUNTS, StructuredLinear
-from kronfold.ops import few_rows, kronecker
-from kronfold.ops.cost import Rates, rates_for, rates_of, tokens_of
-from kronfold.ops.permutation import drop_identity
+from kronfold.ops import kronecker
+from kronfold.structures import rates as few_rows
+from kronfold.structures.layer import TOKEN_COUNTS, StructuredLinear
+from kronfold.structures.permutations import drop_identity
+from kronfold.structures.rates import Rates, rates_for, rates_of, tokens_of
 
 
 class KroneckerLinear(StructuredLinear):

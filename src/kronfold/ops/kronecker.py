@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from kronfold.base.specs import Pair
-from kronfold.ops import few_rows
-from kronfold.ops.cost import BACKWARD_MOVES, BACKWARD_PRODUCTS, Rates, rates_for, tokens_of
-from kronfold.ops.permutation import inverse, permuted
+from kronfold.structures import rates as few_rows
+from kronfold.structures.permutations import inverse, permuted
+from kronfold.structures.rates import BACKWARD_MOVES, BACKWARD_PRODUCTS, Rates, mix, rates_for, tokens_of
 
 # "dense" builds the weight for the call, gathers and all; "dense_blocks" builds it in the order it comes in and moves
 # the features of x instead, which is less where the call has few tokens.
@@ -44,15 +44,6 @@ def rearrange(weight: Tensor, out_b: int, in_b: int) -> Tensor:
     n = len(lead)
     blocks = blocks.permute(*range(n), n, n + 2, n + 1, n + 3)
     return blocks.reshape(*lead, -1, out_b * in_b)
-
-
-def mix(small: Tensor, x: Tensor) -> Tensor:
-    """small (p, q) times every x[i] of x (n, q, width): (n, p, width). The width lies in one piece throughout."""
-    p, q = small.shape
-    if x.device.type == "cpu" and x.dtype.itemsize == 2 and p * q < 4:
-        # two-byte products this small run at a third of the rate of single precision
-        return torch.bmm(small.float().expand(x.shape[0], p, q), x.float()).to(x.dtype)
-    return torch.bmm(small.expand(x.shape[0], p, q), x)
 
 
 def _a_first(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

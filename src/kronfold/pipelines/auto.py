@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from kronfold.base.errors import RecipeError
 from kronfold.data.calibration import calibration_windows
-from kronfold.models.surgery import read_specs
+from kronfold.models.place import read_specs
 from kronfold.pipelines.calibration import Calibration, calibrated
 from kronfold.pipelines.sequential import compress_sequentially
 from kronfold.pipelines.stage import compress_stage

@@ -29,7 +29,7 @@ from kronfold.export.checkpoint import write_model
 from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer
-from kronfold.models.surgery import read_specs
+from kronfold.models.place import read_specs
 from kronfold.pipelines.auto import calibrate_on, plan_auto, settings_of
 from kronfold.pipelines.calibration import Calibration
 from kronfold.pipelines.gathers import absorb_gathers

@@ -1,4 +1,4 @@
-"""What an error in a weight costs: the quadratic form every data-aware solver minimises.
+"""What an error in a weight costs: the quadratic form every data-aware solver minimises; and what it is fitted to.
 
 For a linear layer y = W x the expected squared error of the outputs is `tr((W − Ŵ) H (W − Ŵ)ᵀ)` with the second moment
 H = E[x xᵀ]. With the second moment G = E[g gᵀ] of the loss gradient at the outputs it becomes
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kronfold.base.errors import InputError, ShapeError
+from kronfold.structures.spec import Spec
 
 DAMPING = 1e-4  # of the mean of the diagonal; keeps directions the calibration text never showed from being free
 
@@ -124,3 +125,63 @@ def root(moment: Tensor) -> tuple[Tensor, Tensor]:
     sizes = torch.where(alive, values.clamp_min(0).sqrt(), 0.0)
     inverse = torch.where(alive, 1 / sizes.clamp_min(1e-300), 0.0)
     return vectors * sizes, (vectors * inverse).T
+
+
+RIDGE = 1e-2  # δ as a share of the mean of the diagonal of H̃: holds W' near W where the text says little
+
+
+def corrected_weight(
+    weight: Tensor, cross: Tensor, moment: Tensor, ridge: float = RIDGE, drift: Tensor | None = None
+) -> Tensor:
+    """W' (out, in), float64: least squares from the inputs a layer now gets to its old outputs.
+
+    With x the original inputs, x̃ those that the compressed layers before it produce, and W the original weight, the
+    best weight for x̃ solves `min E‖W x − W' x̃‖² + δ‖W' − W‖²`, so `W' = (W C + δ W)(H̃ + δ I)⁻¹` with C = E[x x̃ᵀ] and
+    H̃ = E[x̃ x̃ᵀ]. Fitting a structure to W' under H̃ is then the same as fitting it to the original outputs, because the
+    residual of the least squares is orthogonal to x̃.
+
+    Args:
+        weight: W (out, in). cross: C = E[x x̃ᵀ] (in, in). moment: H̃ = E[x̃ x̃ᵀ] (in, in).
+        drift: E[d x̃ᵀ] (out, in), where the output is to be W x + d.
+        ridge: δ over the mean of the diagonal of H̃, above 0.
+
+    Where H̃ is all zeros nothing is known, and W' is W.
+    """
+    weight, cross, moment = weight.double(), cross.double(), moment.double()
+    delta = ridge * float(moment.diagonal().mean())
+    if delta == 0.0:
+        return weight
+    system = moment + delta * torch.eye(moment.shape[0], dtype=torch.float64)
+    right = weight @ cross + delta * weight
+    if drift is not None:
+        right = right + drift.double()
+    return torch.linalg.solve(system, right.T).T
+
+
+def check_weight(weight: Tensor, spec: Spec) -> Tensor:
+    """`weight` detached on the CPU in its own dtype, once it is known to fit `spec`.
+
+    Raises ShapeError: another shape. InputError: no floating-point numbers, NaN, infinities, or only zeros.
+    """
+    if weight.dim() != 2:
+        raise ShapeError(
+            f"A weight must be a matrix (out_features, in_features); got shape {tuple(weight.shape)}. "
+            "Pass one layer at a time, or nearest_kronecker_batch for a stack."
+        )
+    spec.check_weight((weight.shape[0], weight.shape[1]))
+    if not weight.is_floating_point():
+        raise InputError(
+            f"A weight must hold floating-point numbers; got {weight.dtype}. Dequantise it or call .float() first."
+        )
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise InputError(
+            f"The weight {tuple(weight.shape)} holds {bad} values that are NaN or infinite; only finite numbers can "
+            "be decomposed. Check the checkpoint, or a cast to float16 that overflowed."
+        )
+    if not weight.any():
+        raise InputError(
+            f"The weight {tuple(weight.shape)} is all zeros: its relative error is undefined. "
+            "Leave this layer out of the plan."
+        )
+    return weight.detach().cpu()
