@@ -38,11 +38,10 @@ from kronfold.models.absorb import expected_gathers
 from kronfold.models.linear_view import sites
 from kronfold.models.load import load_config
 from kronfold.models.truncate import truncate
-from kronfold.nn.kronecker_linear import KroneckerLinear
-from kronfold.ops import kronecker
 from kronfold.planner.planning import place_empty, skeleton_of
 from kronfold.planner.recipe import load_recipe, shipped_recipes
 from kronfold.structures import rates
+from kronfold.structures.kronecker import KroneckerLinear, matrix
 from kronfold.structures.low_rank import LowRankLinear
 from kronfold.structures.rates import interleaved
 from kronfold.structures.registry import STRUCTURES
@@ -239,7 +238,7 @@ def chosen(layer: Any, x: torch.Tensor, training: bool) -> str:
     if isinstance(layer, LowRankLinear):
         return "factor" if layer._by_factor(len(x), rates.rates_for(x), training) else "gathered"
     s, gathers = layer.spec, (layer.gather_in is not None, layer.gather_out is not None)
-    return kronecker.fastest_order(s.a, s.b, s.rank, len(x), *gathers, rates.rates_for(x), training)
+    return matrix.fastest_order(s.a, s.b, s.rank, len(x), *gathers, rates.rates_for(x), training)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -33,13 +33,12 @@ from transformers import PreTrainedModel
 from kronfold.base.errors import InputError, KronfoldError
 from kronfold.base.files import check_output, sha256_of, write_json
 from kronfold.base.results import document
-from kronfold.base.specs import KroneckerSpec
 from kronfold.data.packing import pack
 from kronfold.data.sources import documents
-from kronfold.decompose.nearest import nearest_kronecker
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import LinearView, sites
 from kronfold.models.load import load_model, load_tokenizer
+from kronfold.structures.kronecker import KroneckerSpec, nearest_kronecker
 from kronfold.structures.low_rank import LowRankSpec, nearest_low_rank
 from kronfold.structures.sums import SumSpec, sum_fit
 from kronfold.structures.weighting import Weighting

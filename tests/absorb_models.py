@@ -12,8 +12,8 @@ import pico
 from kronfold.models import absorb as ab
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import is_tied, sites
-from kronfold.nn.kronecker_linear import KroneckerLinear
 from kronfold.planner.recipe import Recipe, validate
+from kronfold.structures.kronecker import KroneckerLinear
 from kronfold.structures.low_rank import LowRankLinear, LowRankSpec, nearest_low_rank
 
 each_family = pytest.mark.parametrize("name", pico.FAMILY_CONFIGS)

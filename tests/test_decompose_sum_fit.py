@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from kronfold.base.errors import InputError, ShapeError
-from kronfold.base.specs import KroneckerSpec
-from kronfold.decompose.nearest import nearest_kronecker
+from kronfold.structures.kronecker import KroneckerSpec, nearest_kronecker
 from kronfold.structures.low_rank import LowRankSpec, nearest_low_rank
 from kronfold.structures.sums import SumLinear, SumSpec, sum_fit
 from kronfold.structures.weighting import Weighting

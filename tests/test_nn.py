@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from kronfold.base.errors import ShapeError
-from kronfold.nn.kronecker_linear import KroneckerLinear
 from kronfold.structures.grouped_embedding import GroupedEmbedding, GroupedEmbeddingSpec
+from kronfold.structures.kronecker import KroneckerLinear
 from kronfold.structures.layer import FusedLinear, StructuredLinear
 from kronfold.structures.levels import FactorizedEmbedding, TiedHead
 from kronfold.structures.low_rank import LowRankLinear, LowRankSpec

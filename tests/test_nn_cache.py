@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import kronfold as kf
-from kronfold.nn.kronecker_linear import KroneckerLinear
 from kronfold.structures import rates as cost
+from kronfold.structures.kronecker import KroneckerLinear
 from kronfold.structures.layer import FusedLinear
 from kronfold.structures.low_rank import LowRankLinear
 from kronfold.structures.rates import Rates

@@ -55,7 +55,7 @@ def _structures(rows: Sequence[Document]) -> str:
     said = []
     for structure, ranks in found.items():
         counts = sorted({int(rank) for rank in ranks if rank})
-        if structure == "kronecker" or not counts:
+        if len(rows) == 1 or not counts:
             said.append(structure if len(rows) > 1 else f"{structure}, {rows[0]['label']}")
         else:
             span = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])

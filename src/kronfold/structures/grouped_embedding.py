@@ -3,7 +3,7 @@
 The error of row v counts in proportion to the frequency f_v of its token, both where the row is looked up and where it
 makes a logit; along the columns it counts by a metric M. Within a group of rank r the optimum is the truncated SVD of
 `diag(f)^{1/2} E R`, with M = R Rᵀ (block-wise weighted low rank: GroupReduce, Chen et al. 2018, arXiv 1806.06950,
-section 3.2, with a column metric added).
+section 3.2, with a column metric added; the pivoted factors are ours).
 """
 
 from __future__ import annotations
@@ -269,9 +269,6 @@ class GroupedEmbedding(StructuredEmbedding):
 
     Raises:
         ShapeError: a rank beyond the width or the group, or unequal numbers of sizes and ranks.
-
-    Source: block-wise low rank by token frequency is GroupReduce (Chen et al. 2018, arXiv 1806.06950); the pivoted
-    factors are ours.
     """
 
     position: Tensor
@@ -400,21 +397,14 @@ class Grouped(Structure):
 
     def sizes(self, spec: GroupedEmbeddingSpec) -> list[GroupedEmbeddingSpec]:
         """Every group at the same share of its rank, in steps of one rank of the largest."""
-        pairs, largest = list(zip(spec.ranks, spec.sizes, strict=True)), max(spec.ranks)
-        shares = [rank / largest for rank in range(1, spec.embedding_dim)]
-        found = [
-            tuple(max(1, min(round(rank * share), spec.embedding_dim, size)) for rank, size in pairs)
-            for share in shares
-        ]
-        return [replace(spec, ranks=ranks) for ranks in dict.fromkeys(found)]
+        width, found = spec.embedding_dim, dict[tuple[int, ...], None]()
+        for step in range(1, width):
+            share, pairs = step / max(spec.ranks), zip(spec.ranks, spec.sizes, strict=True)
+            found[tuple(max(1, min(round(rank * share), width, size)) for rank, size in pairs)] = None
+        return [replace(spec, ranks=ranks) for ranks in found]
 
     def fit(
-        self,
-        weight: Tensor,
-        spec: GroupedEmbeddingSpec,
-        seed: int = 0,
-        weighting: Weighting | None = None,
-        init: str | None = None,
+        self, weight: Tensor, spec: Any, seed: int = 0, weighting: Weighting | None = None, init: str | None = None
     ) -> GroupedEmbeddingFit:
         return grouped_embedding(weight, spec, weighting)
 

@@ -17,7 +17,8 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = rows if count > 1 else rows.expand(2, -1).contiguous()  # one alone would be the matrix-vector product again
     y = (weight @ rows.t())[:, :count].t().contiguous()
     return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread, here and in threads begun inside.
+
+    For work made of many short tensor operations: a second thread gains little, and on a busy machine costs tenfold.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def mix(small: Tensor, x: Tensor) -> Tensor:

@@ -292,7 +292,7 @@ def cannot_replace(name: str, kind: Kind) -> str:
 
 
 for _name, _place in {
-    "kronecker": "kronecker_structure",
+    "kronecker": "kronecker.layer",
     "low_rank": "low_rank",
     "grouped_embedding": "grouped_embedding",
     "tensor_train": "tensor_train",

@@ -71,6 +71,35 @@ class Weighting:
         return (self.squared_error(weight - approximation) / total) ** 0.5 if total else 0.0
 
 
+def check_weight(weight: Tensor, spec: Spec) -> Tensor:
+    """`weight` detached on the CPU in its own dtype, once it is known to fit `spec`, a typed spec of any structure.
+
+    Raises ShapeError: not a matrix of the spec's shape. InputError: not floating point, NaN or infinities, only zeros.
+    """
+    if weight.dim() != 2:
+        raise ShapeError(
+            f"A weight must be a matrix (out_features, in_features); got shape {tuple(weight.shape)}. "
+            "Pass one layer at a time, or nearest_kronecker_batch for a stack."
+        )
+    spec.check_weight((weight.shape[0], weight.shape[1]))
+    if not weight.is_floating_point():
+        raise InputError(
+            f"A weight must hold floating-point numbers; got {weight.dtype}. Dequantise it or call .float() first."
+        )
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise InputError(
+            f"The weight {tuple(weight.shape)} holds {bad} values that are NaN or infinite; only finite numbers can "
+            "be decomposed. Check the checkpoint, or a cast to float16 that overflowed."
+        )
+    if not weight.any():
+        raise InputError(
+            f"The weight {tuple(weight.shape)} is all zeros: its relative error is undefined. "
+            "Leave this layer out of the plan."
+        )
+    return weight.detach().cpu()
+
+
 def covariance(second: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """E[(x − E x)(y − E y)ᵀ] from `second` = E[x yᵀ], `left` = E[x] and `right` = E[y]; float64.
 
@@ -156,32 +185,3 @@ def corrected_weight(
     if drift is not None:
         right = right + drift.double()
     return torch.linalg.solve(system, right.T).T
-
-
-def check_weight(weight: Tensor, spec: Spec) -> Tensor:
-    """`weight` detached on the CPU in its own dtype, once it is known to fit `spec`.
-
-    Raises ShapeError: another shape. InputError: no floating-point numbers, NaN, infinities, or only zeros.
-    """
-    if weight.dim() != 2:
-        raise ShapeError(
-            f"A weight must be a matrix (out_features, in_features); got shape {tuple(weight.shape)}. "
-            "Pass one layer at a time, or nearest_kronecker_batch for a stack."
-        )
-    spec.check_weight((weight.shape[0], weight.shape[1]))
-    if not weight.is_floating_point():
-        raise InputError(
-            f"A weight must hold floating-point numbers; got {weight.dtype}. Dequantise it or call .float() first."
-        )
-    if not torch.isfinite(weight).all():
-        bad = int((~torch.isfinite(weight)).sum())
-        raise InputError(
-            f"The weight {tuple(weight.shape)} holds {bad} values that are NaN or infinite; only finite numbers can "
-            "be decomposed. Check the checkpoint, or a cast to float16 that overflowed."
-        )
-    if not weight.any():
-        raise InputError(
-            f"The weight {tuple(weight.shape)} is all zeros: its relative error is undefined. "
-            "Leave this layer out of the plan."
-        )
-    return weight.detach().cpu()

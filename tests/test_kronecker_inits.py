@@ -10,12 +10,9 @@ import torch
 import kronfold as kf
 import pico
 from kronfold.base.errors import InputError, RecipeError, ShapeError
-from kronfold.base.specs import KroneckerSpec
-from kronfold.decompose.modified_van_loan import with_equal_entries
-from kronfold.decompose.nearest import nearest_kronecker
-from kronfold.decompose.pruned_kronecker import pruned_kronecker
 from kronfold.planner.plan import Plan
 from kronfold.planner.recipe import Recipe, validate
+from kronfold.structures.kronecker import KroneckerSpec, nearest_kronecker, pruned_kronecker, with_equal_entries
 from kronfold.structures.weighting import Weighting
 
 
