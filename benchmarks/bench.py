@@ -40,7 +40,7 @@ from transformers.utils import logging
 from kronfold.base.errors import InputError, KronfoldError, OutputError
 from kronfold.base.files import check_output, write_json
 from kronfold.base.results import document, machine
-from kronfold.ops.cost import rates_path
+from kronfold.structures.rates import rates_path
 
 HERE = Path(__file__).parent
 ALL = (

@@ -48,7 +48,7 @@ from kronfold.distill import ObjectiveConfig, chunked_loss, head_parameters
 from kronfold.distill.losses import TopK, top_k
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model
-from kronfold.nn import FactorizedEmbedding
+from kronfold.structures.levels import FactorizedEmbedding
 from kronfold.train import bf16_is_fast
 from kronfold.train.heal import left_as_found, without_dropout
 

@@ -37,8 +37,8 @@ from torch.nn import functional as F
 import kronfold as kf
 from bench import Benchmark, Run, figure, gpt2, interleaved, medians
 from kronfold.base.errors import InputError
-from kronfold.ops.cost import FEW, FEW_INNER
 from kronfold.planner.recipe import load_recipe, shipped_recipes
+from kronfold.structures.rates import FEW, FEW_INNER
 
 Job = Callable[[], object]
 ROLES = {"attn.c_attn": "attention in", "attn.c_proj": "attention out", "mlp.c_fc": "FFN in", "mlp.c_proj": "FFN out"}

@@ -9,15 +9,13 @@ import torch
 
 import kronfold as kf
 import pico
-from kronfold.base.specs import LowRankSpec
-from kronfold.decompose.low_rank import nearest_low_rank
 from kronfold.models import absorb as ab
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import is_tied, sites
-from kronfold.nn import LowRankLinear
 from kronfold.options import read
 from kronfold.planner.recipe import Recipe
 from kronfold.structures.kronecker import KroneckerLinear
+from kronfold.structures.low_rank import LowRankLinear, LowRankSpec, nearest_low_rank
 
 each_family = pytest.mark.parametrize("name", pico.FAMILY_CONFIGS)
 

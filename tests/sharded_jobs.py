@@ -21,8 +21,10 @@ import process_jobs as jobs
 from kronfold.base import processes
 from kronfold.distill import ObjectiveConfig
 from kronfold.export.quantizer import attach
-from kronfold.models.surgery import replace_modules
-from kronfold.nn import GroupedEmbedding, TensorTrainEmbedding, TiedHead
+from kronfold.models.place import replace_modules
+from kronfold.structures.grouped_embedding import GroupedEmbedding
+from kronfold.structures.levels import TiedHead
+from kronfold.structures.tensor_train import TensorTrainEmbedding
 from train_examples import VOCABULARY, Blocks, gpt2
 
 WRAPPED = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true"}

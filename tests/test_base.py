@@ -11,7 +11,7 @@ import pytest
 from kronfold.base import files
 from kronfold.base.errors import InputError, OutputError, suggest
 from kronfold.base.registry import Registry
-from kronfold.base.specs import divisors
+from kronfold.structures.spec import divisors
 
 
 def test_suggest_names_the_nearest_and_all_allowed():

@@ -31,13 +31,14 @@ from kronfold.base.errors import CheckpointError
 from kronfold.export.checkpoint import verify_written, write_model
 from kronfold.export.quantizer import KronfoldConfig
 from kronfold.models.load import load_model
+from kronfold.models.place import read_specs
 from kronfold.models.safetensors_header import read_headers
-from kronfold.models.surgery import read_specs
-from kronfold.nn import TiedHead
+from kronfold.options import read
 from kronfold.pipelines import streaming
 from kronfold.pipelines.checkpoint import compress_to
 from kronfold.pipelines.streaming import compress_streaming
-from kronfold.planner.recipe import Recipe, validate
+from kronfold.planner.recipe import Recipe
+from kronfold.structures.levels import TiedHead
 
 GOLDEN = Path(__file__).parent / "golden" / "v0.3"
 # All but the one that only has fewer blocks, which any transformers reads.
@@ -322,7 +323,7 @@ def test_a_head_that_files_name_otherwise(tmp_path):
     teacher = AutoModelForCausalLM.from_config(RENAMED["gpt_neox"][0]()).eval()
     entry = {"modules": "role:head", "block": [1, 2], "permute": "in"}
     recipe = {"name": "head", "stages": [{"name": "all", "compress": [entry]}]}
-    student = kf.compress(teacher, validate(Recipe, recipe, "Recipe head"))
+    student = kf.compress(teacher, read(Recipe, recipe, "Recipe head"))
     write_model(student, None, tmp_path)
     assert {name for name in read_headers(tmp_path.glob("*.safetensors")) if name.startswith("embed_out.")} >= {
         "embed_out.a", "embed_out.b", "embed_out.weight"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import datasets
 import pytest
@@ -110,7 +111,7 @@ def test_the_revision_is_the_commit_of_the_files(hub, monkeypatch) -> None:
 
     class Builder:
         class config:
-            data_files = {"test": [f"hf://datasets/owner/name@{commit}/test.parquet"]}
+            data_files: ClassVar = {"test": [f"hf://datasets/owner/name@{commit}/test.parquet"]}
 
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: Builder)
     assert open_text("owner/name").record()["revision"] == commit

@@ -7,10 +7,13 @@ import scipy.linalg
 import torch
 
 from kronfold.base.errors import InputError, ShapeError
-from kronfold.base.specs import GroupedEmbeddingSpec
-from kronfold.decompose.grouped_embedding import group_energies, grouped_embedding
-from kronfold.decompose.weighting import Weighting
-from kronfold.nn import GroupedEmbedding
+from kronfold.structures.grouped_embedding import (
+    GroupedEmbedding,
+    GroupedEmbeddingSpec,
+    group_energies,
+    grouped_embedding,
+)
+from kronfold.structures.weighting import Weighting
 
 SPEC = GroupedEmbeddingSpec((6, 14, 20), (4, 5, 2), 8)
 

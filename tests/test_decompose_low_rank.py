@@ -7,10 +7,8 @@ import scipy.linalg
 import torch
 
 from kronfold.base.errors import InputError, ShapeError
-from kronfold.base.specs import LowRankSpec
-from kronfold.decompose.low_rank import nearest_low_rank, pivoted, tail_energies
-from kronfold.decompose.weighting import Weighting, root
-from kronfold.nn import LowRankLinear
+from kronfold.structures.low_rank import LowRankLinear, LowRankSpec, nearest_low_rank, pivoted, tail_energies
+from kronfold.structures.weighting import Weighting, root
 
 EXACT = 1e-9
 SHAPES = [(12, 20), (20, 12), (9, 9)]

@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from kronfold.base.errors import InputError, ShapeError
-from kronfold.base.specs import LowRankSpec, SumSpec
-from kronfold.decompose.low_rank import nearest_low_rank
-from kronfold.decompose.sum_fit import sum_fit
-from kronfold.decompose.weighting import Weighting
-from kronfold.nn import SumLinear
 from kronfold.structures.kronecker import KroneckerSpec, nearest_kronecker
+from kronfold.structures.low_rank import LowRankSpec, nearest_low_rank
+from kronfold.structures.sums import SumLinear, SumSpec, sum_fit
+from kronfold.structures.weighting import Weighting
 
 SHAPE = (24, 32)
 LOW = LowRankSpec(*SHAPE, 3)
@@ -75,7 +73,7 @@ def test_planted_sum_is_recovered_up_to_its_noise(name, weighting):
 
 
 def test_planted_sum_without_noise_is_recovered(monkeypatch):
-    monkeypatch.setattr("kronfold.decompose.sum_fit.TOLERANCE", 0.0)
+    monkeypatch.setattr("kronfold.structures.sums.TOLERANCE", 0.0)
     weight = planted_low_rank() + planted_kronecker()
     terms, fits = SUMS["low rank, Kronecker"]
     fit = sum_fit(weight, SumSpec(terms), fits, sweeps=400)

@@ -13,12 +13,12 @@ import kronfold as kf
 import pico
 import train_examples
 from kronfold.base.errors import InputError, RecipeError, ShapeError
-from kronfold.base.tensor_train import TensorTrainSpec, balanced_factors
-from kronfold.decompose.tensor_train import tensor_train
-from kronfold.decompose.weighting import Weighting
-from kronfold.nn import TensorTrainEmbedding, TiedHead, tensor_train_embedding
 from kronfold.options import read
 from kronfold.planner.recipe import Recipe
+from kronfold.structures import tensor_train as tensor_trains
+from kronfold.structures.levels import TiedHead
+from kronfold.structures.tensor_train import TensorTrainEmbedding, TensorTrainSpec, balanced_factors, tensor_train
+from kronfold.structures.weighting import Weighting
 
 
 def rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -144,7 +144,7 @@ def embedding(name: str) -> TensorTrainEmbedding:
 @pytest.mark.parametrize("chunk", [1 << 22, 24])
 @pytest.mark.parametrize("name", SPECS)
 def test_module_is_its_dense_twin(name, chunk, monkeypatch):
-    monkeypatch.setattr(tensor_train_embedding, "CHUNK_NUMBERS", chunk)
+    monkeypatch.setattr(tensor_trains, "CHUNK_NUMBERS", chunk)
     module = embedding(name)
     dense = naive([core.detach() for core in module.cores])
     tokens = torch.tensor([[0, 3], [6, 3]])
@@ -190,7 +190,7 @@ def test_a_fresh_embedding_has_the_spread_of_gpt2s():
     weight = TensorTrainEmbedding(500, (8, 8), (4,)).dense_weight()
     assert weight.std().item() == pytest.approx(0.02, rel=0.1)
     spec = TensorTrainSpec(1, (2, 3, 4), (2, 3))
-    assert spec.expand_macs == 2 * 2 * 3 * 3 + 6 * 3 * 4
+    assert spec.macs_per_token == 2 * 2 * 3 * 3 + 6 * 3 * 4
 
 
 def test_it_heals_alike_in_chunks(monkeypatch):
@@ -198,7 +198,7 @@ def test_it_heals_alike_in_chunks(monkeypatch):
     teacher = train_examples.gpt2(dropout=0.0)
     ends = []
     for chunk in (1 << 22, 7 * 16):
-        monkeypatch.setattr(tensor_train_embedding, "CHUNK_NUMBERS", chunk)
+        monkeypatch.setattr(tensor_trains, "CHUNK_NUMBERS", chunk)
         student = kf.compress(teacher, recipe(ratio=0.6))
         result = kf.heal(student, teacher, train_examples.Blocks(), steps=3, bf16=False, learning_rate=1e-2)
         assert result.tokens > 0
@@ -220,7 +220,7 @@ def recipe(**changes) -> Recipe:
 def test_the_shipped_recipe_trains_nothing():
     made = kf.plan(pico.config(), "tensorgpt")
     (row,) = made.rows
-    assert row.spec["dims"] == [2, 4, 4]
+    assert row.spec.dims == (2, 4, 4)
     assert made.stages[0].heal is None
     assert row.held_parameters <= 0.5 * 101 * 32
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from kronfold.base.errors import InputError
 from kronfold.distill import IGNORE, chunked_loss, head_parameters
-from kronfold.nn import FactorizedEmbedding, TiedHead
+from kronfold.structures.levels import FactorizedEmbedding, TiedHead
 from train_examples import gpt2, llama
 
 TOKENS, WIDTH, VOCABULARY = 37, 12, 53

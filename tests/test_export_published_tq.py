@@ -16,7 +16,7 @@ import pico
 from kronfold.base.errors import CheckpointError, InputError
 from kronfold.export.published_tq import model_from_tq
 from kronfold.models.cost import cost
-from kronfold.models.surgery import read_specs
+from kronfold.models.place import read_specs
 from kronfold.pipelines.importing import import_tq
 
 

@@ -10,11 +10,11 @@ import torch
 import kronfold as kf
 import pico
 from kronfold.base.errors import InputError, RecipeError, ShapeError
-from kronfold.decompose.weighting import Weighting
 from kronfold.options import read
 from kronfold.planner.plan import Plan
 from kronfold.planner.recipe import Recipe
 from kronfold.structures.kronecker import KroneckerSpec, nearest_kronecker, pruned_kronecker, with_equal_entries
+from kronfold.structures.weighting import Weighting
 
 
 def weight(rows=12, columns=8) -> torch.Tensor:
@@ -103,11 +103,11 @@ def test_a_recipe_chooses_the_start(teacher, tmp_path):
     specs = {json.dumps(layer.to_spec()) for layer in layers.values()}
     assert len(specs) == 1
     made = kf.plan(teacher, recipe(init="pruning"))
-    assert {row.spec["init"] for row in made.rows} == {"pruning"}
+    assert {row.init for row in made.rows} == {"pruning"}
     made.save(tmp_path / "plan.json")
     again = kf.compress(teacher, Plan.load(tmp_path / "plan.json"))
     assert torch.equal(again.transformer.h[0].mlp.c_fc.dense_weight(), layers["pruning"].dense_weight())
-    assert "init" not in kf.plan(teacher, recipe(), errors=False).rows[0].spec
+    assert "init" not in kf.plan(teacher, recipe(), errors=False).rows[0].to_dict()["spec"]
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from kronfold.base.errors import ShapeError
-from kronfold.ops.cost import built_in
-from kronfold.ops.permutation import drop_identity
 from kronfold.structures.kronecker import KroneckerSpec, matrix
+from kronfold.structures.permutations import drop_identity
+from kronfold.structures.rates import built_in
 
 
 def test_spec_counts_by_hand():

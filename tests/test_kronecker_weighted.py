@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from kronfold.base.errors import InputError, ShapeError
-from kronfold.decompose.weighting import Weighting, root
 from kronfold.structures.kronecker import KroneckerSpec, matrix, nearest_kronecker, permuted_kronecker
 from kronfold.structures.kronecker.als import Problem, a_step, b_step, sweep, weighted_fit, with_orthonormal_b
 from kronfold.structures.kronecker.search import Options
 from kronfold.structures.kronecker.weighted_moves import WeightedSearch, moved, rearrangements
+from kronfold.structures.weighting import Weighting, root
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -13,8 +13,8 @@ from kronfold.models.cost import cost, held_parameters
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import sites
 from kronfold.models.load import load_config, read_dtype
-from kronfold.models.surgery import build_skeleton, check_specs, dense_part, read_specs
-from kronfold.nn import TiedHead
+from kronfold.models.place import build_skeleton, check_specs, dense_part, read_specs
+from kronfold.structures.levels import TiedHead
 
 
 def test_sites_of_gpt2_are_found_once_and_named():

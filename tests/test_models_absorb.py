@@ -22,7 +22,7 @@ from kronfold.base.errors import InputError
 from kronfold.models import absorb as ab
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import is_tied, sites
-from kronfold.models.surgery import replace_modules
+from kronfold.models.place import replace_modules
 
 
 @each_family

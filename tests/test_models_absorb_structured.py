@@ -24,13 +24,12 @@ from absorb_models import (
     run,
     without_gathers,
 )
-from kronfold.base.specs import GroupedEmbeddingSpec
-from kronfold.decompose.grouped_embedding import grouped_embedding
 from kronfold.models import absorb as ab
 from kronfold.models.cost import cost
-from kronfold.models.surgery import replace_modules
-from kronfold.nn import GroupedEmbedding, LowRankLinear
+from kronfold.models.place import replace_modules
 from kronfold.pipelines.gathers import absorb_gathers, gathers_of
+from kronfold.structures.grouped_embedding import GroupedEmbedding, GroupedEmbeddingSpec, grouped_embedding
+from kronfold.structures.low_rank import LowRankLinear
 
 
 @each_family

@@ -9,14 +9,13 @@ import torch
 
 import pico
 from kronfold.base.errors import CheckpointError, DataError, InputError
-from kronfold.base.specs import GroupedEmbeddingSpec, LowRankSpec
-from kronfold.decompose.grouped_embedding import grouped_embedding
-from kronfold.decompose.low_rank import nearest_low_rank
 from kronfold.models.calibrate import calibrate, fingerprint
 from kronfold.models.linear_view import sites
+from kronfold.models.place import build_skeleton
 from kronfold.models.statistics import MomentFiles, Statistics
-from kronfold.models.surgery import build_skeleton
+from kronfold.structures.grouped_embedding import GroupedEmbeddingSpec, grouped_embedding
 from kronfold.structures.kronecker import KroneckerSpec, nearest_kronecker
+from kronfold.structures.low_rank import LowRankSpec, nearest_low_rank
 
 FAMILIES = ("gpt2", "llama", "llama-tied")
 

@@ -29,8 +29,8 @@ from kronfold.models.cost import cost
 from kronfold.models.families import FAMILIES, empty_model, family_of
 from kronfold.models.linear_view import is_tied, sites
 from kronfold.models.load import load_config
+from kronfold.models.place import read_specs, replace_modules
 from kronfold.models.recognised import recognised
-from kronfold.models.surgery import read_specs, replace_modules
 from kronfold.options import read
 from kronfold.planner.patterns import match
 from kronfold.planner.recipe import Recipe

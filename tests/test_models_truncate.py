@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 import kronfold as kf
 import pico
 from kronfold.base.errors import InputError
-from kronfold.models.surgery import read_specs
+from kronfold.models.place import read_specs
 from kronfold.models.truncate import STRATEGIES, depth_of, kept_layers, truncate
 from kronfold.planner.planning import skeleton_of
 from kronfold.planner.recipe import load_recipe

@@ -9,17 +9,12 @@ import torch
 from torch import nn
 
 from kronfold.base.errors import ShapeError
-from kronfold.base.specs import GroupedEmbeddingSpec, LowRankSpec
-from kronfold.nn import (
-    FactorizedEmbedding,
-    FusedLinear,
-    GroupedEmbedding,
-    LowRankLinear,
-    StructuredLinear,
-    SumLinear,
-    TiedHead,
-)
+from kronfold.structures.grouped_embedding import GroupedEmbedding, GroupedEmbeddingSpec
 from kronfold.structures.kronecker import KroneckerLinear
+from kronfold.structures.layer import FusedLinear, StructuredLinear
+from kronfold.structures.levels import FactorizedEmbedding, TiedHead
+from kronfold.structures.low_rank import LowRankLinear, LowRankSpec
+from kronfold.structures.sums import SumLinear
 
 
 def _randomised(module: nn.Module) -> nn.Module:

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 import kronfold as kf
-from kronfold.nn import FusedLinear, LowRankLinear, SumLinear
-from kronfold.ops import cost
-from kronfold.ops.cost import Rates
+from kronfold.structures import rates as cost
 from kronfold.structures.kronecker import KroneckerLinear
+from kronfold.structures.layer import FusedLinear
+from kronfold.structures.low_rank import LowRankLinear
+from kronfold.structures.rates import Rates
+from kronfold.structures.sums import SumLinear
 
 FREE = Rates(*(1e-30,) * 8)
 

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from kronfold.base.errors import InputError
-from kronfold.nn import FactorizedEmbedding, LowRankLinear
-from kronfold.ops import cost, few_rows, low_rank, tuning
-from kronfold.ops.cost import Rates
-from kronfold.ops.permutation import inverse, permuted
 from kronfold.pipelines.tuning import tune
+from kronfold.structures import low_rank
+from kronfold.structures import rates as cost
 from kronfold.structures.kronecker import KroneckerLinear, matrix
+from kronfold.structures.levels import FactorizedEmbedding
+from kronfold.structures.low_rank import LowRankLinear
+from kronfold.structures.permutations import inverse, permuted
+from kronfold.structures.rates import Rates
 
 FREE = Rates(*(1e-30,) * 8)
 ORDERS = ("a_first", "b_first", "dense", "dense_blocks")
@@ -125,16 +127,16 @@ def test_few_rows_are_multiplied_weight_first(monkeypatch):
     expected = {shape: x @ weight.T + bias for shape, x in calls.items()}
     many = x[..., 0, :] @ weight.T
     for slow, fast in ((_only(few=1.0), None), (None, _only(read=1.0))):
-        monkeypatch.setattr(few_rows, "rates_for", lambda x, rates=slow or fast: rates)
+        monkeypatch.setattr(cost, "rates_for", lambda x, rates=slow or fast: rates)
         for shape, few in calls.items():
-            with torch.no_grad(), nullcontext() if slow else _forbidden(monkeypatch, few_rows.F, "linear"):
+            with torch.no_grad(), nullcontext() if slow else _forbidden(monkeypatch, cost.F, "linear"):
                 for b in (bias, None):
-                    y = few_rows.linear(few, weight, b)
+                    y = cost.linear(few, weight, b)
                     assert y.shape == (*shape, 6)
                     torch.testing.assert_close(y + (bias if b is None else 0), expected[shape], rtol=0, atol=1e-12)
-        torch.testing.assert_close(few_rows.linear(x[..., 0, :], weight), many, rtol=0, atol=1e-12)
+        torch.testing.assert_close(cost.linear(x[..., 0, :], weight), many, rtol=0, atol=1e-12)
     few = x[0, 0].requires_grad_()
-    (slope,) = torch.autograd.grad(few_rows.linear(few, weight).sum(), few)
+    (slope,) = torch.autograd.grad(cost.linear(few, weight).sum(), few)
     torch.testing.assert_close(slope, weight.sum(0).expand(3, 8))
 
 
@@ -151,12 +153,12 @@ def test_reading_is_measured_on_weights_that_are_not_in_the_cache(monkeypatch):
     read = []
     linear, jobs = torch.nn.functional.linear, {}
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w: read.append(w.data_ptr()) or linear(x, w))
-    monkeypatch.setattr(tuning, "interleaved", lambda found, *_: jobs.update(found) or dict.fromkeys(found, 1.0))
-    tuning.measure_rates("cpu", torch.float32, rounds=1, tokens=8, width=16)
-    for _ in range(2 * tuning.COPIES):
+    monkeypatch.setattr(cost, "interleaved", lambda found, *_: jobs.update(found) or dict.fromkeys(found, 1.0))
+    cost.measure_rates("cpu", torch.float32, rounds=1, tokens=8, width=16)
+    for _ in range(2 * cost.COPIES):
         jobs["read"]()
-    assert len(set(read)) == tuning.COPIES
-    assert read[: tuning.COPIES] == read[tuning.COPIES :]
+    assert len(set(read)) == cost.COPIES
+    assert read[: cost.COPIES] == read[cost.COPIES :]
 
 
 def test_seconds_of_few_rows():
@@ -218,16 +220,16 @@ def saved(tmp_path, monkeypatch):
 def test_tests_use_the_built_in_rates(tmp_path, monkeypatch):
     monkeypatch.setenv("KRONFOLD_CACHE", str(tmp_path))
     threads = torch.get_num_threads()
-    tuning.save_rates(cost.rates_path(), {cost.key("cpu", torch.float32, threads): _only(mac=0.5)})
+    cost.save_rates(cost.rates_path(), {cost.key("cpu", torch.float32, threads): _only(mac=0.5)})
     assert cost.rates_of("cpu", torch.float32) == cost.built_in("cpu", torch.float32)
 
 
 def test_saved_rates_are_read_for_the_same_machine_dtype_and_threads(saved):
     threads = torch.get_num_threads()
     measured = Rates(1e-11, 2e-11, 3e-10, 4e-10, 5e-10, 6e-10, 7e-6, 8e-11)
-    tuning.save_rates(saved, {cost.key("cpu", torch.float32, threads): measured})
+    cost.save_rates(saved, {cost.key("cpu", torch.float32, threads): measured})
     other = replace(measured, mac=9e-11)
-    tuning.save_rates(saved, {cost.key("cpu", torch.float32, threads + 1): other})
+    cost.save_rates(saved, {cost.key("cpu", torch.float32, threads + 1): other})
     assert cost.rates_of("cpu", torch.float32) == measured
     assert cost.rates_of("cpu", torch.bfloat16) == cost.built_in("cpu", torch.bfloat16)
     assert {row["threads"] for row in json.loads(saved.read_text())["rows"]} == {threads, threads + 1}
@@ -235,7 +237,7 @@ def test_saved_rates_are_read_for_the_same_machine_dtype_and_threads(saved):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert cost.rates_for(x) == cost.built_in("cpu", torch.bfloat16)
     before = layer(x)
-    tuning.save_rates(saved, {cost.key("cpu", torch.float32, threads): _only(mix=0.5)})
+    cost.save_rates(saved, {cost.key("cpu", torch.float32, threads): _only(mix=0.5)})
     assert cost.rates_for(x).mix == 0.5
     torch.testing.assert_close(layer(x), before)
 
@@ -258,7 +260,7 @@ def test_damaged_rates_are_left_aside_with_a_warning(saved, content):
 
 def test_measuring_gives_rates_for_every_part():
     for dtype in (torch.float32, torch.bfloat16):
-        rates = tuning.measure_rates("cpu", dtype, rounds=1, tokens=8, width=16)
+        rates = cost.measure_rates("cpu", dtype, rounds=1, tokens=8, width=16)
         assert all(0 < value < 1 and math.isfinite(value) for value in asdict(rates).values())
 
 
@@ -266,7 +268,7 @@ def test_tune_saves_what_it_measured_and_restores_the_threads(saved, monkeypatch
     measured = Rates(1e-11, 2e-11, 3e-10, 4e-10, 5e-10, 6e-10, 7e-6, 8e-11)
     seen = []
     monkeypatch.setattr(
-        tuning, "measure_rates", lambda device, dtype, rounds: seen.append(torch.get_num_threads()) or measured
+        cost, "measure_rates", lambda device, dtype, rounds: seen.append(torch.get_num_threads()) or measured
     )
     before = torch.get_num_threads()
     document = tune("cpu", ("float32",), before + 1)
@@ -288,7 +290,7 @@ def test_tune_saves_what_it_measured_and_restores_the_threads(saved, monkeypatch
 def test_tune_prints_one_document(saved, monkeypatch, capsys):
     from kronfold.cli.main import main
 
-    monkeypatch.setattr(tuning, "measure_rates", lambda *_args, **_how: cost.built_in("cpu", torch.float32))
+    monkeypatch.setattr(cost, "measure_rates", lambda *_args, **_how: cost.built_in("cpu", torch.float32))
     with pytest.raises(SystemExit) as stopped:
         main(["tune", "--json"])
     assert not stopped.value.code
@@ -316,7 +318,7 @@ def test_a_compiled_layer_reads_the_rates_without_a_graph_break(saved):
     with torch.no_grad():
         layer.gather_in.copy_(torch.randperm(10))
         layer.gather_out.copy_(torch.randperm(24))
-    tuning.save_rates(saved, {cost.key("cpu", torch.float32, torch.get_num_threads()): _only(launch=1e-6)})
+    cost.save_rates(saved, {cost.key("cpu", torch.float32, torch.get_num_threads()): _only(launch=1e-6)})
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(3, 10, requires_grad=True)
     torch.testing.assert_close(compiled(x), layer(x))

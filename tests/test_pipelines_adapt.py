@@ -10,15 +10,16 @@ import torch
 import pico
 from kronfold.base.errors import RecipeError
 from kronfold.cli.terminal import planner_changes
-from kronfold.decompose.correction import corrected_weight
 from kronfold.models.calibrate import calibrate
 from kronfold.models.linear_view import sites
+from kronfold.models.place import overwrite
 from kronfold.pipelines.auto import fit_rows, settings_of
 from kronfold.pipelines.calibration import Calibration
-from kronfold.pipelines.placement import overwrite, weighting_for
 from kronfold.pipelines.sequential import compress_sequentially
 from kronfold.planner import planning
 from kronfold.planner.recipe import load_recipe
+from kronfold.structures.registry import structure_of
+from kronfold.structures.weighting import corrected_weight
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +105,11 @@ def test_a_part_of_a_fused_layer_is_overwritten_alone(teacher):
 def test_blocks_of_several_rows_take_no_full_output_moment(teacher, statistics):
     plan, views = planning.plan(teacher, "tqcompressor"), sites(teacher)
     ffn, embedding = plan.stages[1].rows[0], plan.stages[0].rows[0]
-    assert weighting_for(ffn, statistics.weighting(views[ffn.name])).outputs is None
-    assert weighting_for(embedding, statistics.weighting(views[embedding.name])).outputs is not None
+    wanted = [
+        structure_of(row.spec).weighting(row.spec, statistics.weighting(views[row.name])) for row in (ffn, embedding)
+    ]
+    assert wanted[0].outputs is None
+    assert wanted[1].outputs is not None
 
 
 def test_the_option_of_the_recipe_is_the_argument_of_the_solver(teacher, windows, statistics):

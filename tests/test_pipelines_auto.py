@@ -46,7 +46,7 @@ def test_structures_the_planner_may_choose(structures):
     recipe = _auto(structures=structures)
     model = pico.gpt2()
     made = kf.plan(model, recipe, windows(model), budget=Budget.parse(ratio=0.75))
-    chosen = {row.spec["structure"] for row in made.rows} - {"grouped_embedding"}
+    chosen = {row.structure for row in made.rows} - {"grouped_embedding"}
     assert chosen <= set(structures)
     assert chosen
 

@@ -16,7 +16,7 @@ from kronfold.base.errors import InputError
 from kronfold.data.glue import TASKS, read_tsv
 from kronfold.distill import ObjectiveConfig
 from kronfold.models.load import load_classifier, load_model
-from kronfold.models.surgery import read_specs
+from kronfold.models.place import read_specs
 from kronfold.options.finetune import FineTuneConfig
 from kronfold.pipelines import finetune as pipeline
 from kronfold.pipelines.finetune import FineTuneOptions, finetune

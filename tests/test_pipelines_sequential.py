@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,15 +12,17 @@ from transformers import AutoModelForCausalLM, OPTConfig
 
 import pico
 from kronfold.base.errors import DataError, InputError, RecipeError
-from kronfold.decompose.correction import corrected_weight
 from kronfold.models.block_stream import BlockStream
 from kronfold.models.calibrate import calibrate
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import sites
-from kronfold.models.surgery import replace_modules
-from kronfold.pipelines.placement import fit_row, place_embedding, place_linear
+from kronfold.models.place import fitted_layer, place
 from kronfold.pipelines.sequential import compress_sequentially
+from kronfold.pipelines.stage import fit_row
 from kronfold.planner.plan import PlanRow
+from kronfold.structures.grouped_embedding import GroupedEmbeddingSpec
+from kronfold.structures.low_rank import LowRankSpec
+from kronfold.structures.weighting import corrected_weight
 
 
 def opt():
@@ -36,11 +39,10 @@ def model_of(name: str):
 
 
 def row_for(view, rank: int) -> PlanRow:
-    spec = {"structure": "low_rank", "out_features": view.shape[0], "in_features": view.shape[1], "rank": rank}
+    numbers = view.shape[0] * view.shape[1]
     if view.kind == "embedding":
-        spec = {"structure": "grouped_embedding", "sizes": [view.shape[0]], "ranks": [rank], "embedding_dim": 32}
-        spec["head"] = "tied"
-    return PlanRow(view.name, spec, f"rank {rank}", rank * (sum(view.shape) - rank), view.shape[0] * view.shape[1])
+        return PlanRow(view.name, GroupedEmbeddingSpec((view.shape[0],), (rank,), 32), numbers, head="tied")
+    return PlanRow(view.name, LowRankSpec(*view.shape, rank), numbers)
 
 
 def rows_for(model, rank: int | None, kinds=("linear", "embedding")) -> list[PlanRow]:
@@ -52,14 +54,13 @@ def rows_for(model, rank: int | None, kinds=("linear", "embedding")) -> list[Pla
 def independently(model, rows, statistics) -> None:
     """Every row fitted to the dense model's own statistics."""
     views = sites(model)
-    modules = {}
+    layers = []
     for row in rows:
-        fit, _ = fit_row(views[row.name].weight(), row, 0, statistics.weighting(views[row.name]))
-        if views[row.name].kind == "embedding":
-            place_embedding(model, modules, views[row.name], row, fit)
-        else:
-            place_linear(modules, views[row.name], row, fit)
-    replace_modules(model, modules)
+        view = views[row.name]
+        fit, _ = fit_row(view.weight(), row, 0, statistics.weighting(view))
+        layers.append(fitted_layer(view, row.spec, fit))
+    for row, layer in zip(rows, layers, strict=True):
+        place(model, views[row.name], layer, row.head)
 
 
 @torch.no_grad()
@@ -241,7 +242,7 @@ def test_what_does_not_fit_leaves_the_model_unchanged(fault):
     if fault == "name":
         rows[-1].name = "transformer.h.7.mlp.c_fc"
     elif fault == "shape":
-        rows[-1].spec["out_features"] += 1
+        rows[-1].spec = replace(rows[-1].spec, out_features=rows[-1].spec.out_features + 1)
     elif fault == "windows":
         windows, error, said = windows[:0], DataError, "at least 2 tokens"
     elif fault == "ids":

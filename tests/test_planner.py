@@ -58,8 +58,8 @@ def test_rows_say_what_happens():
         *(f"transformer.h.{i}.mlp.c_proj" for i in (1, 3)),
         "transformer.wte",
     ]
-    assert made.rows[1].spec["a"] == [32, 16]
-    assert made.rows[1].spec["b"] == [4, 2]
+    assert made.rows[1].spec.a == (32, 16)
+    assert made.rows[1].spec.b == (4, 2)
 
 
 def test_plan_changes_nothing_and_gives_errors_when_weights_are_there():

@@ -18,7 +18,9 @@ from kronfold.planner.budget import Budget, plan_for_budget
 from kronfold.planner.plan import Plan
 from kronfold.planner.planning import check_plan, skeleton_of
 from kronfold.planner.recipe import load_recipe
-from kronfold.planner.sensitivity import SiteCurve, group_sizes
+from kronfold.planner.sensitivity import SiteCurve
+from kronfold.structures.grouped_embedding import group_sizes
+from kronfold.structures.registry import STRUCTURES
 
 COUNTED = {"params": "held_parameters", "macs": "macs_per_token", "bytes": "bytes_fp16"}
 LLAMA = {
@@ -53,16 +55,19 @@ def curves_of(config, kronecker: bool = False) -> list[SiteCurve]:
             start = 0
             for size in group_sizes(*view.shape):
                 energies = falling(view.shape[1], draw(0.3, 1.5), draw(1e-3, 1e-1))
-                curves.append(SiteCurve(view.name, (size, view.shape[1]), (start, size), tied, energies))
+                losses = {"grouped_embedding": energies[1 : min(size, view.shape[1])]}
+                curves.append(SiteCurve(view.name, (size, view.shape[1]), (start, size), tied, losses))
                 start += size
             continue
-        points = ()
+        losses = {}
         if kronecker:
             block = (2 - view.shape[0] % 2, 2)
-            points = tuple((block, rank, draw(1e-6, 1e-2)) for rank in range(1, 2 * block[0]))
-        curves.append(
-            SiteCurve(view.name, view.shape, None, False, falling(min(view.shape), draw(0.3, 2), draw(1e-3, 1)), points)
-        )
+            drawn = {(block, rank): draw(1e-6, 1e-2) for rank in range(1, 2 * block[0])}
+            choices = STRUCTURES.get("kronecker").choices(view.shape, "linear")
+            points = [drawn.get((spec.b, spec.rank), 1e3) for spec in choices]  # any other costs too much
+            losses["kronecker"] = torch.tensor(points, dtype=torch.float64)
+        losses["low_rank"] = falling(min(view.shape), draw(0.3, 2), draw(1e-3, 1))[1 : min(view.shape)]
+        curves.append(SiteCurve(view.name, view.shape, losses=losses))
     return curves
 
 
@@ -86,13 +91,13 @@ def arithmetic(plan: Plan, curves, dense, unit: str) -> float:
         options, specs = curve.options(unit)
         spec = rows[curve.site]
         if curve.group is None:
-            wanted = {key: value for key, value in spec.items() if key != "structure"}
-            index = next(i for i, s in enumerate(specs) if s is not None and s.to_dict() == wanted)
+            index = specs.index(spec)
         else:
             start = 0
-            for size, rank in zip(spec["sizes"], spec["ranks"], strict=True):
+            for size, rank in zip(spec.sizes, spec.ranks, strict=True):
                 if start <= curve.group[0] < start + size:
-                    index = specs.index(rank)
+                    index = next((i for i, s in enumerate(specs) if s is not None and s.ranks == (rank,)), 0)
+                    assert index > 0 or rank == curve.shape[1]
                 start += size
             total += curve.place_cost(unit)
         total += options.cost[index] - curve.dense_cost(unit)
@@ -102,8 +107,8 @@ def arithmetic(plan: Plan, curves, dense, unit: str) -> float:
 def absorbed_bytes(plan: Plan) -> int:
     """Gathers that the planner reckoned with and that absorption then does away with, four bytes an output."""
     remaining = set(plan.gathers["remaining"])
-    low_rank = [row for row in plan.rows if row.spec["structure"] == "low_rank"]
-    return sum(4 * row.spec["out_features"] for row in low_rank if f"{row.name}.gather_out" not in remaining)
+    low_rank = [row for row in plan.rows if row.structure == "low_rank"]
+    return sum(4 * row.spec.out_features for row in low_rank if f"{row.name}.gather_out" not in remaining)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.85])
@@ -120,7 +125,7 @@ def test_the_budget_is_met_from_below_and_counted_right(name, unit, share, prepa
     assert (1 - slack) * share * whole - given_back <= counted <= share * whole
     assert counted == plan.budget["met_by"] == getattr(check_plan(plan, config), COUNTED[unit])
     assert plan.teacher == dense
-    structures = {row.spec["structure"] for row in plan.rows}
+    structures = {row.structure for row in plan.rows}
     assert structures >= ({"kronecker"} if name == "llama-tied" else {"low_rank"})
     for other in COUNTED:
         assert arithmetic(plan, curves, dense, other) == getattr(plan.cost, COUNTED[other])
@@ -141,14 +146,17 @@ def test_a_ratio_is_a_share_of_the_held_parameters(prepared):
 def test_a_generous_budget_in_bytes_holds_no_places_for_nothing(prepared):
     config, curves, dense = prepared["llama-tied"]
     plan = plan_for_budget(config, curves, Budget("bytes", 0.99 * dense.bytes_fp16))
-    embedding = [row for row in plan.rows if row.spec["structure"] == "grouped_embedding"]
+    embedding = [row for row in plan.rows if row.structure == "grouped_embedding"]
     for row in embedding:
-        assert min(row.spec["ranks"]) < row.spec["embedding_dim"]
+        assert min(row.spec.ranks) < row.spec.embedding_dim
     assert plan.cost.bytes_fp16 <= 0.99 * dense.bytes_fp16
     # An embedding that cannot pay for its places stays as it is.
-    dear = [dataclasses.replace(c, energies=c.energies * (1e9 if c.group else 1)) for c in curves]
+    dear = [
+        dataclasses.replace(c, losses={name: own * (1e9 if c.group else 1) for name, own in c.losses.items()})
+        for c in curves
+    ]
     plan = plan_for_budget(config, dear, Budget("bytes", 0.9 * dense.bytes_fp16))
-    assert not [row for row in plan.rows if row.spec["structure"] == "grouped_embedding"]
+    assert not [row for row in plan.rows if row.structure == "grouped_embedding"]
     assert arithmetic(plan, dear, dense, "bytes") == plan.cost.bytes_fp16
 
 

@@ -9,13 +9,13 @@ import torch
 
 import pico
 from kronfold.base.errors import CheckpointError, DataError, RecipeError
-from kronfold.base.specs import GroupedEmbeddingSpec, LowRankSpec
-from kronfold.decompose.grouped_embedding import grouped_embedding
-from kronfold.decompose.low_rank import nearest_low_rank
-from kronfold.decompose.weighting import Weighting
 from kronfold.models.calibrate import calibrate
 from kronfold.models.linear_view import sites
-from kronfold.planner.sensitivity import SiteCurve, group_sizes, load_curves, save_curves, sensitivity
+from kronfold.planner.sensitivity import SiteCurve, load_curves, save_curves, sensitivity
+from kronfold.structures.grouped_embedding import GroupedEmbeddingSpec, group_sizes, grouped_embedding
+from kronfold.structures.low_rank import LowRankSpec, nearest_low_rank
+from kronfold.structures.registry import STRUCTURES
+from kronfold.structures.weighting import Weighting
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def test_predictions_rank_sites_and_ranks_as_measured(measured):
         for rank in (min(view.shape) - 2, min(view.shape) - 8):
             fit = nearest_low_rank(view.weight(), LowRankSpec(*view.shape, rank), weighting)
             spent = 0.5 * weighting.checked(view.shape).squared_error(view.weight() - fit.to_dense())
-            assert float(curve.energies[rank]) == pytest.approx(spent, rel=1e-6)
+            assert float(curve.losses["low_rank"][rank - 1]) == pytest.approx(spent, rel=1e-6)
             predicted.append(spent)
             found.append(divergence(model, replaced(model, curve.site, fit.to_dense()), windows))
     predicted, found = torch.tensor(predicted).log(), torch.tensor(found).log()
@@ -93,14 +93,17 @@ def test_predictions_rank_sites_and_ranks_as_measured(measured):
 def test_curves_are_what_the_solvers_reach(measured):
     model, _, statistics, curves = measured
     for curve in curves:
-        assert curve.energies.shape == ((curve.shape[1] if curve.group else min(curve.shape)) + 1,)
-        assert bool((curve.energies.diff() <= 0).all())
-        assert float(curve.energies[-1]) == 0
+        ranked = curve.losses["grouped_embedding" if curve.group else "low_rank"]
+        assert ranked.shape == (min(curve.shape) - 1,)
+        assert bool((ranked.diff() <= 0).all())
+        assert 0 < float(ranked[-1]) < float(ranked[0])
+        assert ("kronecker" in curve.losses) == (curve.group is None)
         by_block: dict = {}
-        for block, rank, loss in curve.kronecker:
-            assert loss <= by_block.get(block, (0, float(curve.energies[0]) * 10))[1] * 1.5
-            assert rank == by_block.get(block, (0, 0))[0] + 1
-            by_block[block] = (rank, loss)
+        choices = STRUCTURES.get("kronecker").choices(curve.shape, curve.kind) if curve.group is None else []
+        for spec, loss in zip(choices, curve.losses.get("kronecker", []), strict=True):
+            assert float(loss) <= by_block.get(spec.b, (0, float(ranked[0]) * 10))[1] * 1.5
+            assert spec.rank == by_block.get(spec.b, (0, 0))[0] + 1
+            by_block[spec.b] = (spec.rank, float(loss))
     groups = [curve for curve in curves if curve.group]
     assert [curve.group[0] for curve in groups] == [sum(c.shape[0] for c in groups[:i]) for i in range(len(groups))]
     view = sites(model)[groups[0].site]
@@ -110,7 +113,7 @@ def test_curves_are_what_the_solvers_reach(measured):
     residual = view.weight() - fit.to_dense()
     metric = weighting.checked(view.shape).inputs
     spent = 0.5 * float((weighting.outputs[:, None] * residual * (residual @ metric)).sum())
-    assert sum(float(curve.energies[9]) for curve in groups) == pytest.approx(spent, rel=1e-6)
+    assert sum(float(curve.losses["grouped_embedding"][8]) for curve in groups) == pytest.approx(spent, rel=1e-6)
 
 
 def test_an_untied_head_counts_its_rows_by_frequency():
@@ -122,7 +125,7 @@ def test_an_untied_head_counts_its_rows_by_frequency():
     residual = head.weight.detach() - fit.to_dense()
     second = statistics.input_moments("lm_head")[0].double()
     spent = 0.5 * float(torch.einsum("v,vi,ij,vj->", frequencies, residual, second, residual))
-    assert float(curve.energies[7]) == pytest.approx(spent, rel=1e-2)  # but for the damping
+    assert float(curve.losses["low_rank"][6]) == pytest.approx(spent, rel=1e-2)  # but for the damping
 
 
 @pytest.mark.parametrize("vocabulary", [1, 20, 101, 1000, 50257])
@@ -152,20 +155,21 @@ def test_saved_curves_are_the_same(structures, tmp_path):
     curves = sensitivity(model, calibrate(model, pico.ids(model)), structures)
     if structures == ("kronecker",):
         curves = [curve for curve in curves if not curve.group]
-        assert all(curve.energies is None for curve in curves)
+        assert all(set(curve.losses) == {"kronecker"} for curve in curves)
     save_curves(curves, tmp_path / "new" / "curves")
     for found, curve in zip(load_curves(tmp_path / "new" / "curves"), curves, strict=True):
-        assert {k: v for k, v in vars(found).items() if k != "energies"} == {
-            k: v for k, v in vars(curve).items() if k != "energies"
+        assert {k: v for k, v in vars(found).items() if k != "losses"} == {
+            k: v for k, v in vars(curve).items() if k != "losses"
         }
-        assert found.energies is curve.energies or torch.equal(found.energies, curve.energies)
+        assert list(found.losses) == list(curve.losses)
+        assert all(torch.equal(own, curve.losses[name]) for name, own in found.losses.items())
         assert found.key == curve.key
 
 
 @pytest.mark.parametrize("damage", ["missing", "json", "cut"])
 def test_damaged_curves_are_refused(damage, tmp_path):
     if damage != "missing":
-        save_curves([SiteCurve("a", (4, 4), energies=torch.zeros(5, dtype=torch.float64))], tmp_path / "c")
+        save_curves([SiteCurve("a", (4, 4), losses={"low_rank": torch.zeros(3, dtype=torch.float64)})], tmp_path / "c")
     if damage == "json":
         (tmp_path / "c.json").write_text("[]")
     if damage == "cut":

@@ -46,7 +46,7 @@ def test_nothing_that_would_still_fit_is_left(model, share):
     plan = plan_at_size(model, LOW_RANK, share * whole, tolerance=0.0).plan
     assert plan.held_parameters <= share * whole
     for row in plan.rows:
-        spec = planning.spec_of(row)
+        spec = row.spec
         one_more = (spec.rank + 1) * (spec.out_features + spec.in_features - spec.rank - 1)
         assert plan.held_parameters + one_more - row.held_parameters > share * whole
 

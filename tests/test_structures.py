@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from kronfold.models.cost import cost
 from kronfold.options import read
 from kronfold.planner.plan import Plan
 from kronfold.planner.recipe import Recipe
+from kronfold.structures.registry import STRUCTURES
 
 ENTRIES = {
     "low_rank on linear layers by rank": [{"modules": "*.mlp.*", "structure": "low_rank", "rank": 5}],
@@ -92,7 +95,7 @@ def test_plan_counts_what_is_held(teacher, students, tmp_path, name):
     for row in made.rows:
         plain = row.relative_error if row.relative_error_plain is None else row.relative_error_plain
         assert 0 <= row.relative_error <= plain + 1e-12 < 1
-        assert (row.relative_error_plain is None) == (row.spec["structure"] != "kronecker")
+        assert (row.relative_error_plain is None) == (row.structure != "kronecker")
         assert ("full rank" in name) == (row.relative_error < 1e-6)
 
 
@@ -167,6 +170,31 @@ REFUSED = [
 def test_what_cannot_be_asked_for_is_refused(entry, message):
     with pytest.raises(RecipeError, match=message):
         kf.plan(pico.config(), recipe([{"modules": "*.mlp.c_fc", **entry}]))
+
+
+def test_no_other_room_asks_which_structure_it_has():
+    """Outside `structures/` nothing is compared with a structure's name or tested for its spec or layer class; the
+    bases of all layers are what there is to ask for."""
+    source = Path(kf.__file__).parent
+    classes = {STRUCTURES.get(name).spec for name in STRUCTURES} | {STRUCTURES.get(name).layer for name in STRUCTURES}
+    forbidden = {cls.__name__ for cls in classes if cls is not None}
+    forbidden |= {"FusedLinear", "TiedHead", "FactorizedEmbedding", "ColumnExpansion", "EmbeddingGroup"}
+    names = {*STRUCTURES}
+    found = []
+    for path in source.rglob("*.py"):
+        if "structures" in path.relative_to(source).parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            inner = list(ast.walk(node))
+            if isinstance(node, ast.Compare):
+                said = {n.value for n in inner if isinstance(n, ast.Constant) and isinstance(n.value, str)} & names
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+                said = {n.id for n in inner if isinstance(n, ast.Name)} & forbidden
+            else:
+                continue
+            found += [f"{path.relative_to(source)}:{node.lineno}: {name}" for name in said]
+    allowed = "dense"  # also the name of a control and of what a plan leaves alone
+    assert [line for line in found if not line.endswith(allowed)] == []
 
 
 def test_a_plan_edited_to_the_wrong_kind_is_refused(teacher, tmp_path):

@@ -28,6 +28,10 @@ class Registry(Generic[T]):
             raise InputError(f"{self.kind} {name!r} is registered already; choose another name.")
         self._entries[name] = entry
 
+    def unregister(self, name: str) -> None:
+        """Take the entry called `name` out again."""
+        self._entries.pop(name, None)
+
     def get(self, name: str) -> T:
         """The entry called `name`, imported now if it was lazy."""
         if name not in self._entries:

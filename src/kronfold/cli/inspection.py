@@ -136,8 +136,8 @@ def inspect(model: t.Model, json: t.Json = False) -> None:
     from kronfold.base import results
     from kronfold.models.cost import cost
     from kronfold.models.load import load_config, load_model
+    from kronfold.models.place import read_specs
     from kronfold.models.recognised import recognised
-    from kronfold.models.surgery import read_specs
     from kronfold.pipelines.gathers import gathers_of
     from kronfold.planner.planning import skeleton_of
     from kronfold.report.tables import gathers_line

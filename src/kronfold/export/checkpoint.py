@@ -13,9 +13,9 @@ from kronfold.base.errors import CheckpointError, InputError
 from kronfold.base.files import explain_write_errors
 from kronfold.models.finite import check_finite
 from kronfold.models.load import faults_of
+from kronfold.models.place import read_specs
 from kronfold.models.safetensors_header import read_headers
 from kronfold.models.stored_names import guards, is_guard, names_in_model
-from kronfold.models.surgery import read_specs
 
 _WOULD_NOT_LOAD = (
     "The checkpoint that was written to {} would not load, so it does not become the result; what was there before is "

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import LinearView, sites
-from kronfold.models.surgery import STRUCTURED_EMBEDDING, read_specs, replace_modules
-from kronfold.nn import TiedHead
+from kronfold.models.place import read_specs, replace_modules
+from kronfold.structures.layer import StructuredEmbedding, read_by
 
 
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
@@ -20,7 +20,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     Raises InputError for a model of which nothing is recognised.
     """
     family = family_of(model)
-    head_follows = family.head is not None and isinstance(model.get_submodule(family.head), TiedHead)
+    head_follows = family.head is not None and read_by(model.get_submodule(family.head)) is not None
     dense = copy.deepcopy(model)
     ours = ("hf_quantizer", "quantization_method", "_tied_weights_keys", "all_tied_weights_keys")
     for attribute in (*ours, "_keys_to_ignore_on_load_unexpected"):
@@ -48,7 +48,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 def _materialise(target: nn.Module, source: nn.Module, views: list[LinearView]) -> nn.Module:
     """Give the empty stock module `target` the dense weight (and bias) that `source` stands for."""
     with torch.no_grad():
-        if isinstance(source, STRUCTURED_EMBEDDING):
+        if isinstance(source, StructuredEmbedding):
             weight, bias = source.dense_weight(), None
         else:
             weight = torch.cat([view.weight() for view in views])

@@ -24,8 +24,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from kronfold.base.errors import CheckpointError, InputError, KronfoldError
 from kronfold.export.quantizer import attach
-from kronfold.models.surgery import build_skeleton
-from kronfold.ops.permutation import drop_identity
+from kronfold.models.place import build_skeleton
+from kronfold.structures.permutations import drop_identity
 
 _BODY = "transformer."
 _HEAD = "lm_head.weight"

@@ -86,8 +86,8 @@ class KronfoldQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> PreTrainedModel:
         from kronfold.export.checkpoint import check_tensors
+        from kronfold.models.place import build_skeleton
         from kronfold.models.stored_names import ignored_pattern
-        from kronfold.models.surgery import build_skeleton
 
         specs = _for_class(model, self.quantization_config.specs)
         build_skeleton(model, specs)
@@ -107,8 +107,8 @@ class KronfoldQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Called by `save_pretrained`: what goes into the files. Specs and guards are those of the model as it is now,
         which later stages may have changed."""
+        from kronfold.models.place import read_specs
         from kronfold.models.stored_names import guards, settle_conversions
-        from kronfold.models.surgery import read_specs
 
         specs = read_specs(model)
         self.quantization_config.specs, self.quantization_config.format_version = specs, FORMAT_VERSION
@@ -177,7 +177,7 @@ def _mark_initialised(model: PreTrainedModel, specs: dict[str, Any]) -> None:
 
 def attach(model: PreTrainedModel) -> None:
     """Make a model that was just operated on save itself as a kronfold checkpoint (`model.save_pretrained`)."""
-    from kronfold.models.surgery import read_specs
+    from kronfold.models.place import read_specs
 
     config = KronfoldConfig(read_specs(model))
     model.config.quantization_config = config

@@ -24,7 +24,7 @@ from kronfold.base.errors import InputError
 from kronfold.models.families import FAMILIES, Family, family_of
 from kronfold.models.linear_view import is_tied
 from kronfold.models.ports import Port, check_ports, readers, writer
-from kronfold.nn import GroupedEmbedding
+from kronfold.structures.layer import structured_modules
 
 Moves = list[tuple[Port, Tensor]]
 
@@ -65,18 +65,15 @@ class AbsorbReport:
 
 
 def remaining_gathers(model: PreTrainedModel) -> list[Gather]:
-    """Every gather the model runs, in model order, the order of tokens in a grouped embedding (`position`) included.
-
-    Works on the meta device.
+    """Every gather the model runs, in model order: the integer buffers of its structured modules, with them the order
+    of tokens in a grouped embedding (`position`). Works on the meta device.
     """
-    found = []
-    for name, module in model.named_modules():
-        keys = ("gather_in", "gather_out", "gather", *(["position"] if isinstance(module, GroupedEmbedding) else []))
-        for key in keys:
-            buffer = getattr(module, key, None)
-            if isinstance(buffer, Tensor):
-                found.append(Gather(f"{name}.{key}", buffer.numel() * buffer.element_size()))
-    return found
+    return [
+        Gather(f"{name}.{key}", buffer.numel() * buffer.element_size())
+        for name, module in structured_modules(model)
+        for key, buffer in module.named_buffers()
+        if not buffer.is_floating_point()
+    ]
 
 
 def expected_gathers(skeleton: PreTrainedModel) -> AbsorbReport:

@@ -10,8 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kronfold.models.surgery import STRUCTURED_EMBEDDING
-from kronfold.nn import StructuredLinear, TiedHead
+from kronfold.structures.layer import structured_modules
 
 
 @dataclass(frozen=True)
@@ -42,18 +41,17 @@ def cost(model: PreTrainedModel) -> Cost:
     index_bytes = sum(
         t.numel() * t.element_size() for t in tensors if not t.is_floating_point() and t.dtype != torch.bool
     )
-    macs = sum(_macs(module) for module in model.modules())
+    structured = dict(structured_modules(model))
+    inside = tuple(name + "." for name in structured)  # what is inside a structured module is in its own count
+    dense = (
+        module.get_parameter("weight").numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not name.startswith(inside)
+    )
+    macs = sum(module.macs_per_token() for module in structured.values()) + sum(dense)
     return Cost(held, index_bytes, round(macs), 2 * held + index_bytes, 4 * held + index_bytes)
 
 
 def held_parameters(model: PreTrainedModel) -> int:
     """Every distinct stored floating-point number of the model, each tied tensor once."""
     return cost(model).held_parameters
-
-
-def _macs(module: nn.Module) -> float:
-    if isinstance(module, nn.Linear | Conv1D):
-        return module.weight.numel()
-    if isinstance(module, (StructuredLinear, TiedHead, *STRUCTURED_EMBEDDING)):
-        return module.macs_per_token()
-    return 0.0

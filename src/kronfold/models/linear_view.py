@@ -15,14 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kronfold.models.families import Family, family_of
-from kronfold.nn import (
-    FactorizedEmbedding,
-    FusedLinear,
-    GroupedEmbedding,
-    StructuredLinear,
-    TensorTrainEmbedding,
-    TiedHead,
-)
+from kronfold.structures.layer import Structured, StructuredEmbedding, StructuredLinear, parts_of, read_by
 
 DENSE_LINEAR = (nn.Linear, Conv1D)
 
@@ -56,22 +49,24 @@ class LinearView:
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features); for an embedding (vocabulary, stored width)."""
-        if isinstance(self.module, GroupedEmbedding | TensorTrainEmbedding):
-            return (self.module.num_embeddings, self.module.embedding_dim)
-        if isinstance(self.module, nn.Embedding | FactorizedEmbedding):
+        if isinstance(self.module, StructuredEmbedding):
+            return self.module.site_shape
+        if isinstance(self.module, nn.Embedding):
             return (self.module.weight.shape[0], self.module.weight.shape[1])
         return (self.rows[1] - self.rows[0], in_features(self.module))
 
     @property
+    def is_inside(self) -> bool:
+        """Whether this is the stored matrix of an embedding in levels, narrower than what the embedding gives."""
+        return isinstance(self.module, StructuredEmbedding) and self.shape[1] != self.module.embedding_dim
+
+    @property
     def is_dense(self) -> bool:
         """Whether the weight is still one plain matrix."""
-        layer = self._layer()
-        return isinstance(layer, (*DENSE_LINEAR, nn.Embedding))
+        return not isinstance(self._layer(), Structured)
 
     def _layer(self) -> nn.Module:
-        if self.part is not None and isinstance(self.module, FusedLinear):
-            return self.module.parts[self.part]
-        return self.module
+        return parts_of(self.module).get(self.part or "", self.module)
 
     def weight(self) -> Tensor:
         """The dense weight (out_features, in_features), detached; for a factorised embedding its stored matrix."""
@@ -79,7 +74,9 @@ class LinearView:
         with torch.no_grad():
             if isinstance(layer, Conv1D):
                 return layer.weight.detach()[:, self.rows[0] : self.rows[1]].T
-            if isinstance(layer, StructuredLinear | GroupedEmbedding | TensorTrainEmbedding):
+            if isinstance(layer, StructuredEmbedding):
+                return layer.site_weight()
+            if isinstance(layer, StructuredLinear):
                 return layer.dense_weight()
             weight: Tensor = layer.get_parameter("weight").detach()
             whole = layer is not self.module or self.kind == "embedding"
@@ -103,8 +100,8 @@ def in_features(module: nn.Module) -> int:
     """Input width of a Linear, Conv1D or structured layer."""
     if isinstance(module, Conv1D):
         return module.weight.shape[0]
-    if isinstance(module, FusedLinear):
-        return next(iter(module.parts.values())).in_features  # type: ignore[return-value]
+    if parts := parts_of(module):
+        return in_features(next(iter(parts.values())))
     return module.in_features  # type: ignore[return-value]
 
 
@@ -112,8 +109,8 @@ def out_features(module: nn.Module) -> int:
     """Output width of a Linear, Conv1D or structured layer."""
     if isinstance(module, Conv1D):
         return module.weight.shape[1]
-    if isinstance(module, FusedLinear):
-        return sum(out_features(part) for part in module.parts.values())
+    if parts := parts_of(module):
+        return sum(out_features(part) for part in parts.values())
     return module.out_features  # type: ignore[return-value]
 
 
@@ -132,7 +129,7 @@ def is_tied(model: PreTrainedModel, family: Family) -> bool:
         return False
     head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
     weight = getattr(head, "weight", None)
-    return isinstance(head, TiedHead) or (weight is not None and weight is getattr(embedding, "weight", None))
+    return read_by(head) is not None or (weight is not None and weight is getattr(embedding, "weight", None))
 
 
 def does_more(module: nn.Module) -> bool:
@@ -156,7 +153,7 @@ def _walk(model: PreTrainedModel, family: Family) -> Iterator[LinearView]:
             if not keeps_embedding:
                 rows = (0, vocabulary_of(module))
                 yield LinearView(name, "embedding", module, name, None, rows, block, role=role)
-        elif isinstance(module, (*DENSE_LINEAR, FusedLinear, StructuredLinear)):
+        elif isinstance(module, (*DENSE_LINEAR, Structured)):
             inside = (*inside, name + ".")
             parts = family.parts_of(name)
             width = out_features(module)

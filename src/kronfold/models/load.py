@@ -26,10 +26,10 @@ from transformers.utils import logging as hf_logging
 from kronfold.base.errors import CheckpointError, InputError
 from kronfold.models.families import empty_model
 from kronfold.models.finite import listed, not_finite
+from kronfold.models.place import build_skeleton
 from kronfold.models.presets import PRESETS, preset_config
 from kronfold.models.safetensors_header import read_headers
 from kronfold.models.stored_names import is_old_buffer, report_faults
-from kronfold.models.surgery import build_skeleton
 from kronfold.models.weight_files import WeightFiles
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kronfold.base.errors import InputError
 from kronfold.models.linear_view import does_more, in_features, out_features
-from kronfold.nn import FusedLinear, TiedHead
+from kronfold.structures.layer import Structured, parts_of
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,13 @@ class Port:
     @property
     def holds_gather(self) -> bool:
         """Reordering this side costs an index buffer, which the layer has or would get."""
-        return hasattr(self._gatherer(), self._gather_name())
+        return self._gather_place() is not None
 
     @property
     def gather(self) -> Tensor | None:
         """The gather the layer holds on this side: int64 (size,), or None for the identity."""
-        found = getattr(self._gatherer(), self._gather_name(), None)
+        held = self._gather_place()
+        found = None if held is None else getattr(*held)
         return None if found is None else found.long()
 
     def gather_after(self, perm: Tensor) -> Tensor:
@@ -60,12 +61,8 @@ class Port:
             return None
         return torch.argsort(self.gather) if self.side == "out" else self.gather
 
-    def _gatherer(self) -> nn.Module:
-        levels = getattr(self.layer, "levels", None)
-        return levels[0] if levels is not None and len(levels) else self.layer
-
-    def _gather_name(self) -> str:
-        return "gather" if self._gatherer() is not self.layer else f"gather_{self.side}"
+    def _gather_place(self) -> tuple[nn.Module, str] | None:
+        return self.layer.gather_place(self.side) if isinstance(self.layer, Structured) else None
 
     @property
     def fault(self) -> str | None:
@@ -73,7 +70,7 @@ class Port:
         kind = type(self.layer).__name__
         if does_more(self.layer):
             return f"{self.name}: {kind} does more than multiply by its weight"
-        if isinstance(self.layer, nn.Linear | Conv1D | nn.Embedding | TiedHead):
+        if isinstance(self.layer, nn.Linear | Conv1D | nn.Embedding):
             return None
         if hasattr(self.layer, f"permute_{self.side}puts"):
             return None
@@ -84,8 +81,6 @@ class Port:
     def permute(self, perm: Tensor) -> None:
         """Reorder in place. perm: int64 (size,)."""
         layer = self.layer
-        if isinstance(layer, TiedHead):
-            return  # reads the embedding, which is reordered itself
         if isinstance(layer, nn.Embedding):
             _reorder(layer.weight, perm, 1, self.start)
         elif isinstance(layer, nn.Linear | Conv1D):
@@ -113,8 +108,8 @@ def _reorder(stored: Tensor, perm: Tensor, axis: int, start: int) -> None:
 def readers(model: PreTrainedModel, name: str) -> list[Port]:
     """The input side of a linear layer; one port per part of a fused structured one."""
     layer = model.get_submodule(name)
-    if isinstance(layer, FusedLinear):
-        return [Port(f"{name}.{key}", part, "in", 0, in_features(part)) for key, part in layer.parts.items()]
+    if parts := parts_of(layer):
+        return [Port(f"{name}.{key}", part, "in", 0, in_features(part)) for key, part in parts.items()]
     return [Port(name, layer, "in", 0, in_features(layer))]
 
 
@@ -123,8 +118,7 @@ def writer(model: PreTrainedModel, name: str, part: str | None = None, parts: tu
     layer = model.get_submodule(name)
     if part is None:
         return Port(name, layer, "out", 0, out_features(layer))
-    if isinstance(layer, FusedLinear):
-        own = layer.parts[part]
+    if own := parts_of(layer).get(part):
         return Port(f"{name}.{part}", own, "out", 0, out_features(own))
     width = out_features(layer) // len(parts)
     return Port(f"{name}.{part}", layer, "out", parts.index(part) * width, width)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from kronfold.base.errors import CheckpointError, DataError
 from kronfold.base.files import atomic_directory, write_json
-from kronfold.decompose.weighting import DAMPING, Weighting, covariance
 from kronfold.models.linear_view import LinearView
-from kronfold.nn import FactorizedEmbedding
+from kronfold.structures.layer import StructuredEmbedding
+from kronfold.structures.weighting import DAMPING, Weighting, covariance
 
 FORMAT_VERSION = 1
 TOKEN_PRIOR = 0.3  # share of the general-use prior in the token frequencies
@@ -65,9 +65,8 @@ class Statistics:
         """
         if view.kind == "embedding":
             metric = self.column_metric()
-            if isinstance(view.module, FactorizedEmbedding):
-                expansion = view.module.expansion().detach().to(metric)
-                metric = expansion @ metric @ expansion.T
+            if isinstance(view.module, StructuredEmbedding):
+                metric = view.module.site_metric(metric)
             return Weighting(metric, self.token_frequencies(), damping)
         second, first = self.input_moments(view.module_name)
         if view.bias() is not None:

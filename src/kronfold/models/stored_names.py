@@ -32,7 +32,7 @@ from transformers.core_model_loading import (
 )
 
 from kronfold.base.errors import CheckpointError
-from kronfold.nn import TiedHead
+from kronfold.structures.layer import read_by
 
 GUARD_SHAPE = (1,)
 # Buffers of old versions of transformers: causal masks, rotary tables, positions. They are worked out anew.
@@ -116,7 +116,7 @@ def guards(model: PreTrainedModel, specs: Iterable[str]) -> dict[str, Tensor]:
     return {
         f"{name}.weight": torch.zeros(GUARD_SHAPE, dtype=torch.uint8)
         for name in specs
-        if f"{name}.weight" not in state and not isinstance(model.get_submodule(name), TiedHead)
+        if f"{name}.weight" not in state and read_by(model.get_submodule(name)) is None
     }
 
 

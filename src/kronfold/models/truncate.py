@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from kronfold.base.errors import InputError, KronfoldError, suggest
 from kronfold.models.families import Family, empty_model, family_of
-from kronfold.models.surgery import build_skeleton, read_specs
+from kronfold.models.place import build_skeleton, read_specs
 
 # What blocks call their own place; a KV cache is looked up under it.
 _INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number")

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kronfold.base.errors import CheckpointError
+from kronfold.models.place import read_specs
 from kronfold.models.safetensors_header import read_header
 from kronfold.models.stored_names import Converted, is_guard, is_old_buffer, names_in_model, report_faults
-from kronfold.models.surgery import read_specs
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from kronfold.base.errors import RecipeError
 from kronfold.data.bad_rows import Reading
 from kronfold.data.calibration import draw_windows
-from kronfold.models.surgery import read_specs
+from kronfold.models.place import read_specs
 from kronfold.options import read
 from kronfold.pipelines.calibration import Calibration, calibrated
 from kronfold.pipelines.sequential import compress_sequentially

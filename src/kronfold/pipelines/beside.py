@@ -20,7 +20,7 @@ from kronfold.export.checkpoint import write_model
 from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model
-from kronfold.models.surgery import read_specs
+from kronfold.models.place import read_specs
 from kronfold.pipelines.auto import calibrate_on, fit_rows, plan_auto
 from kronfold.pipelines.gathers import absorb_gathers
 from kronfold.pipelines.objectives import check_objectives

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from kronfold.base.errors import CheckpointError
 from kronfold.models.calibrate import calibrate, fingerprint, tokens_fingerprint
 from kronfold.models.statistics import FORMAT_VERSION, Statistics
+from kronfold.planner.sensitivity import FORMAT_VERSION as CURVES_FORMAT
 from kronfold.planner.sensitivity import SiteCurve, load_curves, save_curves, sensitivity
 
 Progress = Callable[[str, int, int], None]
@@ -41,7 +42,7 @@ class Calibration:
         """Sensitivity curves of `model`, from the cache where they stand there."""
         if self.place is None:
             return sensitivity(model, self.statistics, structures, progress=progress)
-        path = self.place / f"curves-{'-'.join(sorted(structures))}"
+        path = self.place / f"curves-{CURVES_FORMAT}-{'-'.join(sorted(structures))}"
         if path.with_name(path.name + ".json").is_file():
             return load_curves(path)
         curves = sensitivity(model, self.statistics, structures, progress=progress)

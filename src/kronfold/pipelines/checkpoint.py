@@ -18,7 +18,7 @@ from kronfold.export.dense import to_dense
 from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer, read_dtype
-from kronfold.models.surgery import read_specs
+from kronfold.models.place import read_specs
 from kronfold.pipelines.auto import calibrate_on, fit_rows, settings_of
 from kronfold.pipelines.compress import plan
 from kronfold.pipelines.gathers import absorb_gathers

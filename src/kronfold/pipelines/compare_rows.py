@@ -64,7 +64,7 @@ def row_of(
         budget = Budget("params", amount) if amount else None
         plan = plan_auto(teacher, calibration, recipe, budget, progress=progress)
         sized = Sized(plan, plan.held_parameters, True, "planned for the size" if amount else "its own size")
-    rows = [{"name": stage.name, "rows": [(row.name, row.spec) for row in stage.rows]} for stage in sized.plan.stages]
+    rows = [{"name": stage.name, "rows": [row.to_dict() for row in stage.rows]} for stage in sized.plan.stages]
     shape = json.dumps([recipe.model_dump(mode="json", exclude_none=True), rows], sort_keys=True)
     return Row(recipe, sized, f"rows/{recipe.name}-{hashlib.sha256(shape.encode()).hexdigest()[:8]}")
 

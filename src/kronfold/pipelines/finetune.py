@@ -23,7 +23,7 @@ from kronfold.export.checkpoint import write_model
 from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
 from kronfold.models.load import load_classifier, load_config, load_tokenizer, read_dtype
-from kronfold.models.surgery import read_specs
+from kronfold.models.place import read_specs
 from kronfold.pipelines.steps import StepBook
 from kronfold.train.classify import FineTuneConfig, fine_tune
 from kronfold.train.trainer import check_objective

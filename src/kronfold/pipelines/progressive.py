@@ -31,7 +31,7 @@ from kronfold.export.checkpoint import write_model
 from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer
-from kronfold.models.surgery import read_specs
+from kronfold.models.place import read_specs
 from kronfold.options.healing import HealConfig
 from kronfold.pipelines.auto import calibrate_on, plan_auto, settings_of
 from kronfold.pipelines.beside import SCRATCH, second_recipe, second_samples, second_track

@@ -11,18 +11,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kronfold.base.errors import InputError
-from kronfold.decompose.correction import corrected_weight
-from kronfold.decompose.weighting import covariance
 from kronfold.export.quantizer import attach
 from kronfold.models.block_stream import BlockStream
 from kronfold.models.calibrate import check_windows
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import LinearView, sites
+from kronfold.models.place import fitted_layer, overwrite, place
 from kronfold.models.statistics import Statistics
-from kronfold.models.surgery import replace_modules
-from kronfold.pipelines.placement import fit_row, overwrite, place_embedding, place_linear, weighting_for
+from kronfold.pipelines.stage import fit_row
 from kronfold.planner import planning
 from kronfold.planner.plan import PlanRow
+from kronfold.structures.weighting import corrected_weight, covariance
 
 TOKENS_PER_CALL = 4096
 
@@ -151,13 +150,11 @@ def batch_for(windows: Tensor) -> int:
 def _fit_outside(model: PreTrainedModel, view: LinearView, row: PlanRow, statistics: Statistics, seed: int) -> PlanRow:
     """The embedding or an untied head, weighted by the statistics of the dense model."""
     fit, plain = fit_row(view.weight(), row, seed, statistics.weighting(view))
-    modules: dict[str, nn.Module] = {}
-    if view.kind == "embedding":
-        place_embedding(model, modules, view, row, fit)
-    else:
+    bias = None
+    if view.kind == "linear":
         mean = statistics.input_moments(view.module_name)[1]
-        place_linear(modules, view, row, fit, _refitted_bias(view, fit.to_dense(), mean, mean))
-    replace_modules(model, modules)
+        bias = _refitted_bias(view, fit.to_dense(), mean, mean)
+    place(model, view, fitted_layer(view, row.spec, fit, bias), row.head)
     return replace(row, relative_error=fit.relative_error, relative_error_plain=plain)
 
 
@@ -273,7 +270,7 @@ def _fit_group(
     seed: int,
 ) -> list[PlanRow]:
     """Fit the views of a group; dense ones first, as a fused layer takes over the dense parts it finds."""
-    modules: dict[str, nn.Module] = {}
+    layers: list[tuple[LinearView, nn.Module]] = []
     done = []
     for view in sorted(group, key=lambda view: view.name in pending):
         row = pending.get(view.name)
@@ -283,11 +280,11 @@ def _fit_group(
         if row is None:
             overwrite(view, target, _bias_after(view, target, moments))
             continue
-        weighting = weighting_for(row, replace(statistics.weighting(view), inputs=own.second))
-        fit, _ = fit_row(target, row, seed, weighting)
-        place_linear(modules, view, row, fit, _bias_after(view, fit.to_dense(), moments))
+        fit, _ = fit_row(target, row, seed, replace(statistics.weighting(view), inputs=own.second))
+        layers.append((view, fitted_layer(view, row.spec, fit, _bias_after(view, fit.to_dense(), moments))))
         done.append(replace(row, relative_error=fit.relative_error, relative_error_plain=None))
-    replace_modules(model, modules)
+    for view, layer in layers:
+        place(model, view, layer)
     return done
 
 

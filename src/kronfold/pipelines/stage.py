@@ -12,15 +12,17 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kronfold.base.errors import InputError
 from kronfold.export.quantizer import attach
 from kronfold.models.linear_view import LinearView, sites
+from kronfold.models.place import fitted_layer, place, read_specs
 from kronfold.models.statistics import Statistics
-from kronfold.models.surgery import read_specs, replace_modules
 from kronfold.models.truncate import depth_of, truncate
-from kronfold.pipelines.placement import fit_row, place_embedding, place_linear, weighting_for
 from kronfold.pipelines.side_by_side import side_by_side
 from kronfold.planner import planning
 from kronfold.planner.plan import KeptLayers, PlanRow
+from kronfold.structures.registry import structure_of
+from kronfold.structures.weighting import Weighting
 
 Progress = Callable[[str, int, int], None]  # (what is being done, done, total)
 
@@ -59,32 +61,48 @@ def compress_stage(
         return []
     views = sites(model)
     planning.check_rows(views, rows)
-    modules: dict[str, nn.Module] = {}
+    layers: list[nn.Module] = []
     done = []
     works = [partial(_fit, views[row.name], row, seed, statistics) for row in rows]
     with closing(side_by_side(works, [math.prod(views[row.name].shape) for row in rows])) as fits:
         for i, row in enumerate(rows):
             if progress:
                 progress(row.name, i, len(rows))
-            view, (fit, plain_error) = views[row.name], next(fits)
-            if view.kind == "embedding":
-                place_embedding(model, modules, view, row, fit)
-            else:
-                place_linear(modules, view, row, fit, _refitted_bias(view, fit, statistics))
-            plain = (
-                plain_error if row.spec["structure"] == "kronecker" else None
-            )  # others have no permutations to leave out
+            view, (fit, plain) = views[row.name], next(fits)
+            layers.append(fitted_layer(view, row.spec, fit, _refitted_bias(view, fit, statistics)))
             done.append(replace(row, relative_error=fit.relative_error, relative_error_plain=plain))
     if progress:
         progress("", len(rows), len(rows))
-    replace_modules(model, modules)
+    for row, layer in zip(rows, layers, strict=True):
+        place(model, views[row.name], layer, row.head)
     attach(model)
     return done
 
 
-def _fit(view: LinearView, row: PlanRow, seed: int, statistics: Statistics | None) -> tuple[Any, float]:
-    weighting = weighting_for(row, statistics.weighting(view)) if statistics else None
-    return fit_row(view.weight(), row, seed, weighting)
+def fit_row(weight: Tensor, row: PlanRow, seed: int, weighting: Weighting | None = None) -> tuple[Any, float | None]:
+    """The solver's result for a weight (out, in), and the relative error of the same shape without permutations, None
+    for a structure that has none to leave out.
+
+    `weighting`: all that is known of the site; the structure takes the part that it is fitted under.
+
+    Raises RecipeError, ShapeError, InputError, each with the row's name.
+    """
+    structure, spec = structure_of(row.spec), row.spec
+    plain = structure.plain(spec)
+    if weighting is not None:
+        weighting = structure.weighting(spec, weighting)
+    searched = weighting is None and plain is not None and structure.held(spec) != plain
+    try:
+        # first, and only its error is kept: one fit in memory
+        plain_error = structure.fit(weight, plain, seed).relative_error if searched else None
+        fit = structure.fit(weight, spec, seed, weighting, row.init)
+    except InputError as error:
+        raise type(error)(f"{row.name}: {error}") from error
+    return fit, fit.relative_error if plain is not None and plain_error is None else plain_error
+
+
+def _fit(view: LinearView, row: PlanRow, seed: int, statistics: Statistics | None) -> tuple[Any, float | None]:
+    return fit_row(view.weight(), row, seed, statistics.weighting(view) if statistics else None)
 
 
 def _refitted_bias(view: LinearView, fit: Any, statistics: Statistics | None) -> Tensor | None:

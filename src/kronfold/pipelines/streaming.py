@@ -27,9 +27,9 @@ from kronfold.models.cost import Cost, cost
 from kronfold.models.finite import check_finite
 from kronfold.models.load import load_config, load_tokenizer, local_checkpoint, read_dtype
 from kronfold.models.parts import Parts, put_tensors
+from kronfold.models.place import read_specs
 from kronfold.models.safetensors_header import read_header
 from kronfold.models.stored_names import to_stored
-from kronfold.models.surgery import read_specs
 from kronfold.models.weight_files import WeightFiles
 from kronfold.pipelines.compress import plan as make_plan
 from kronfold.pipelines.gathers import absorb_gathers, gathers_of

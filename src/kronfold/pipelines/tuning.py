@@ -10,7 +10,7 @@ import torch
 
 from kronfold.base.errors import InputError, suggest
 from kronfold.base.results import document
-from kronfold.ops import cost, tuning
+from kronfold.structures import rates
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -43,9 +43,9 @@ def tune(
     try:
         count = torch.get_num_threads()
         types = [getattr(torch, dtype) for dtype in dtypes]
-        found = {cost.key(device, dtype, count): tuning.measure_rates(device, dtype, rounds=rounds) for dtype in types}
+        found = {rates.key(device, dtype, count): rates.measure_rates(device, dtype, rounds=rounds) for dtype in types}
         if save:
-            tuning.save_rates(cost.rates_path(), found)
+            rates.save_rates(rates.rates_path(), found)
     finally:
         torch.set_num_threads(before)
     rows = [
@@ -53,9 +53,9 @@ def tune(
             "device": name,
             "dtype": dtype,
             "threads": count,
-            "rates": asdict(rates),
-            "built_in": asdict(cost.built_in(device, getattr(torch, dtype))),
+            "rates": asdict(measured),
+            "built_in": asdict(rates.built_in(device, getattr(torch, dtype))),
         }
-        for (name, dtype, count), rates in found.items()
+        for (name, dtype, count), measured in found.items()
     ]
-    return document("tune", None, path=str(cost.rates_path()) if save else None, rows=rows)
+    return document("tune", None, path=str(rates.rates_path()) if save else None, rows=rows)

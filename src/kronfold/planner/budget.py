@@ -11,15 +11,14 @@ import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kronfold.base.errors import InputError, RecipeError
-from kronfold.base.specs import LowRankSpec
 from kronfold.models.cost import Cost, cost
 from kronfold.models.linear_view import sites
-from kronfold.models.surgery import read_specs
 from kronfold.planner.allocate import Allocation, Options, allocate
 from kronfold.planner.plan import Plan, PlanRow, PlanStage
-from kronfold.planner.planning import check_rows, cost_absorbed, name_of_tied_head, skeleton_of, specs_after
+from kronfold.planner.planning import check_rows, cost_absorbed, place_empty, skeleton_of
 from kronfold.planner.recipe import Recipe
-from kronfold.planner.sensitivity import SiteCurve, Unit, embedding_spec
+from kronfold.planner.sensitivity import SiteCurve, joined_spec
+from kronfold.structures.registry import Unit
 
 _COUNT_SUFFIXES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}
 _BYTE_SUFFIXES = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -114,8 +113,8 @@ def plan_for_budget(
     found, floor = _choose(curves, table, amount, fixed, budget.unit)
     rows = _rows(curves, table, found)
     check_rows(views, rows)
-    specs = specs_after(views, rows, read_specs(skeleton), name_of_tied_head(skeleton))
-    after, gathers = cost_absorbed(skeleton_of(model_or_config, specs))
+    place_empty(skeleton, rows)
+    after, gathers = cost_absorbed(skeleton)
     return Plan(
         recipe=recipe.name if recipe else "auto",
         description=f"Planned for {amount:,.0f} {budget.unit}: least predicted loss, site by site.",
@@ -194,47 +193,31 @@ def _rows(curves: Sequence[SiteCurve], table: Mapping[str, _Entry], found: Alloc
     by_site: dict[str, list[SiteCurve]] = {}
     for curve in curves:
         by_site.setdefault(curve.site, []).append(curve)
-    rows = []
-    for own in by_site.values():
-        if own[0].group:
-            rows.append(_embedding_row(own, table, found))
-        else:
-            rows.append(_linear_row(own[0], *table[own[0].key], found.choice[own[0].key]))
+    rows = [_row(own, table, found) for own in by_site.values()]
     return [row for row in rows if row is not None]
 
 
-def _linear_row(curve: SiteCurve, options: Options, specs: list[Any], choice: int) -> PlanRow | None:
-    spec = specs[choice]
+def _row(slices: Sequence[SiteCurve], table: Mapping[str, _Entry], found: Allocation) -> PlanRow | None:
+    """The row of one site from the choices for its slices; None where all of it stays dense."""
+    spec = joined_spec(slices, [table[own.key][1][found.choice[own.key]] for own in slices])
     if spec is None:
         return None
-    structure = "low_rank" if isinstance(spec, LowRankSpec) else "kronecker"
+    losses = [float(table[own.key][0].loss[found.choice[own.key]]) for own in slices]
+    first, worst = slices[0], int(np.argmax(losses))
+    why = _why(table[first.key][0], found.choice[first.key])
+    if len(slices) > 1:
+        start, count = slices[worst].group or (0, 0)
+        why = (
+            f"common tokens keep more than rare ones; tokens {start:,} to {start + count:,} by frequency cost most, "
+            f"{losses[worst]:.4f} nats"
+        )
     return PlanRow(
-        name=curve.site,
-        spec={"structure": structure, **spec.to_dict()},
-        label=spec.label(),
-        held_parameters=spec.held_parameters,
-        teacher_parameters=curve.shape[0] * curve.shape[1],
-        predicted_loss=float(options.loss[choice]),
-        why=_why(options, choice),
-    )
-
-
-def _embedding_row(groups: Sequence[SiteCurve], table: Mapping[str, _Entry], found: Allocation) -> PlanRow | None:
-    ranks = [table[group.key][1][found.choice[group.key]] for group in groups]
-    spec = embedding_spec(groups, ranks)
-    if spec is None:
-        return None
-    losses = [float(table[group.key][0].loss[found.choice[group.key]]) for group in groups]
-    worst = int(np.argmax(losses))
-    return PlanRow(
-        name=groups[0].site,
-        spec={"structure": "grouped_embedding", **spec.to_dict(), "head": "tied" if groups[0].tied else "untied"},
-        label=spec.label(),
-        held_parameters=spec.held_parameters,
+        name=first.site,
+        spec=spec,
         teacher_parameters=spec.shape[0] * spec.shape[1],
+        head=None if first.kind == "linear" else "tied" if first.tied else "untied",
         predicted_loss=sum(losses),
-        why=f"common tokens keep more than rare ones; tokens {groups[worst].group[0]:,} to "  # type: ignore[index]
-        f"{sum(groups[worst].group):,} by frequency cost most, {losses[worst]:.4f} nats",  # type: ignore[arg-type]
+        why=why,
     )
 
 

@@ -3,47 +3,108 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from kronfold.base.errors import RecipeError
+from kronfold.base.errors import KronfoldError, RecipeError, suggest
 from kronfold.base.files import write_json
 from kronfold.base.results import SCHEMA_VERSION, document
 from kronfold.models.cost import Cost
 from kronfold.options import read
 from kronfold.options.healing import HealConfig
+from kronfold.structures.registry import as_dict, read_spec, structure_of
+
+STORAGES = ("model",)
 
 
 @dataclass
 class PlanRow:
-    """One weight: `spec` (as in checkpoints), exact numbers held before and after, biases not counted.
+    """What becomes of one weight.
 
-    `relative_error` (with permutations, when the spec asks for them) and `relative_error_plain` are filled once the
-    weights have been fitted. `predicted_loss` (nats per token) and `why` come from the planner.
+    Attributes:
+        spec: typed; it knows its structure, its exact number of held parameters and its label.
+        teacher_parameters: of the dense weight. Biases are counted neither here nor there.
+        head: for embeddings: whether the LM head goes on reading it (tied) or keeps a dense copy (untied).
+        init: what the solver starts from, None for its own way.
+        storage: how the numbers are kept; `model`: in the dtype of the model.
+        relative_error: with permutations, when the spec asks for them; `relative_error_plain` without. Both are filled
+            once the weights have been fitted.
+        predicted_loss: nats per token, and `why`; from the planner.
     """
 
     name: str
-    spec: dict[str, Any]
-    label: str
-    held_parameters: int
+    spec: Any
     teacher_parameters: int
+    head: Literal["tied", "untied"] | None = None
+    init: str | None = None
+    storage: str = "model"
     relative_error: float | None = None
     relative_error_plain: float | None = None
     predicted_loss: float | None = None
     why: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.storage not in STORAGES:
+            raise RecipeError(
+                f"{self.name}: storage {self.storage!r} is not known; numbers are kept as the rest of the model "
+                f"({', '.join(STORAGES)}). Leave storage out."
+            )
+        if self.head not in ("tied", "untied", None):
+            raise RecipeError(f"{self.name}: head {self.head!r} is not known; give tied or untied.")
+        structure = structure_of(self.spec)
+        if self.init is not None and self.init not in structure.inits:
+            raise RecipeError(f"{self.name}: init {self.init!r} is not known. {suggest(self.init, structure.inits)}")
+
+    @property
+    def structure(self) -> str:
+        return str(self.spec.structure)
+
+    @property
+    def label(self) -> str:
+        """Short text for tables."""
+        return str(self.spec.label())
+
+    @property
+    def held_parameters(self) -> int:
+        return int(self.spec.held_parameters)
+
     def to_dict(self) -> dict[str, Any]:
+        spec = {**as_dict(self.spec), "init": self.init, "head": self.head}
         row = {
             "name": self.name,
-            "structure": self.spec["structure"],
-            "spec": self.spec,
+            "structure": self.structure,
+            "spec": {key: value for key, value in spec.items() if value is not None},
             "label": self.label,
             "held_parameters": self.held_parameters,
             "teacher_parameters": self.teacher_parameters,
+            "storage": self.storage,
         }
         optional = ("relative_error", "relative_error_plain", "predicted_loss", "why")
         return {**row, **{key: getattr(self, key) for key in optional if getattr(self, key) is not None}}
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> PlanRow:
+        """A row of a plan document (perhaps edited), of this version or an older one; what a spec implies is worked out
+        anew. Raises RecipeError, with the row's name, for a spec that describes nothing."""
+        beside = ("head", "init", "storage")
+        given = {key: row["spec"].get(key, row.get(key)) for key in beside}
+        optional = ("relative_error", "relative_error_plain", "predicted_loss", "why")
+        known = {*beside, *optional, "stage", "name", "structure", "spec", "label", "held_parameters"}
+        if strange := sorted({*row} - {*known, "teacher_parameters"}):
+            raise RecipeError(f"{row['name']}: unknown key. {suggest(strange[0], known)}")
+        try:
+            spec = read_spec({key: value for key, value in row["spec"].items() if key not in beside})
+        except (KronfoldError, TypeError, KeyError) as error:
+            raise RecipeError(f"{row['name']}: {error}") from error
+        return cls(
+            name=row["name"],
+            spec=spec,
+            teacher_parameters=row["teacher_parameters"],
+            **{key: value for key, value in given.items() if value is not None},
+            **{key: row[key] for key in optional if key in row},
+        )
 
 
 @dataclass(frozen=True)
@@ -154,11 +215,7 @@ class Plan:
         if lost:
             raise RecipeError(f"Rows of the plan name stages {lost}, which its 'heal' entry does not list.")
         for name, heal in content["heal"].items():
-            rows = [
-                PlanRow(**{key: value for key, value in row.items() if key not in ("stage", "structure")})
-                for row in content["rows"]
-                if row["stage"] == name
-            ]
+            rows = [PlanRow.from_dict(row) for row in content["rows"] if row["stage"] == name]
             stages.append(PlanStage(name, rows, read(HealConfig, heal, f"heal of stage {name}") if heal else None))
         if content.get("layers"):
             stages[0].layers = KeptLayers.from_dict(content["layers"])

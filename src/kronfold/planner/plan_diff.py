@@ -18,7 +18,7 @@ def diff(a: Plan, b: Plan) -> dict[str, Any]:
     rows = []
     for place in [*rows_a, *(place for place in rows_b if place not in rows_a)]:
         one, other = rows_a.get(place), rows_b.get(place)
-        if one and other and one.spec == other.spec:
+        if one and other and _choice(one) == _choice(other):
             continue
         known = one or other
         assert known is not None
@@ -43,11 +43,16 @@ def _by_place(plan: Plan) -> dict[tuple[int, str], PlanRow]:
     return {(i, row.name): row for i, stage in enumerate(plan.stages) for row in stage.rows}
 
 
+def _choice(row: PlanRow) -> tuple[Any, ...]:
+    """All that the plan says becomes of the weight."""
+    return row.spec, row.head, row.init, row.storage
+
+
 def _side(which: str, row: PlanRow | None, dense: int) -> dict[str, Any]:
     if row is None:
         return {f"{which}_label": "dense", f"{which}_held_parameters": dense, f"{which}_predicted_loss": 0.0}
     return {
-        f"{which}_label": f"{row.spec['structure']} {row.label}",
+        f"{which}_label": f"{row.structure} {row.label}",
         f"{which}_held_parameters": row.held_parameters,
         f"{which}_predicted_loss": row.predicted_loss,
     }

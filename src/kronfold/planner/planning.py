@@ -11,14 +11,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from kronfold.base.errors import InputError, KronfoldError, RecipeError, suggest
 from kronfold.models.absorb import expected_gathers
 from kronfold.models.cost import Cost, cost
-from kronfold.models.families import empty_model, family_of
-from kronfold.models.linear_view import LinearView, is_tied, sites
-from kronfold.models.structures import STRUCTURES
-from kronfold.models.surgery import build_skeleton, read_specs
+from kronfold.models.families import empty_model
+from kronfold.models.linear_view import LinearView, sites
+from kronfold.models.place import build_skeleton, empty_layer, place, read_specs
 from kronfold.models.truncate import depth_of, kept_layers, truncate
 from kronfold.planner.patterns import match
 from kronfold.planner.plan import KeptLayers, Plan, PlanRow, PlanStage
 from kronfold.planner.recipe import CompressRecipe, Recipe, StageRecipe, load_recipe
+from kronfold.structures.registry import STRUCTURES, cannot_replace, structure_of
 
 
 def skeleton_of(
@@ -57,14 +57,11 @@ def plan(model_or_config: PreTrainedModel | PretrainedConfig, recipe: str | Reci
     layers = _kept(recipe.stages[0], skeleton, faults)
     if layers:
         skeleton = truncate(skeleton, layers.kept)
-    specs, config = read_specs(skeleton), skeleton.config
-    head = name_of_tied_head(skeleton)
     for stage in recipe.stages:
         rows = _rows_of_stage(skeleton, stage.name, stage.compress, faults)
         stages.append(PlanStage(name=stage.name, rows=rows, heal=stage.heal, layers=None if stages else layers))
         if not faults:
-            specs = specs_after(sites(skeleton), rows, specs, head)
-            skeleton = skeleton_of(config, specs)
+            place_empty(skeleton, rows)
     if faults:
         raise RecipeError(
             f"Recipe {recipe.name!r} does not fit this model, which is unchanged:\n  " + "\n  ".join(faults)
@@ -92,6 +89,13 @@ def cost_absorbed(skeleton: PreTrainedModel) -> tuple[Cost, dict[str, Any]]:
     return replace(whole, **{key: getattr(whole, key) - saved for key in keys}), found.to_dict()
 
 
+def place_empty(skeleton: PreTrainedModel, rows: Iterable[PlanRow]) -> None:
+    """Carry out `rows` on a model without weights (meta device), in place: what fitting them would leave."""
+    views = sites(skeleton)
+    for row in rows:
+        place(skeleton, views[row.name], empty_layer(views[row.name], row.spec), row.head)
+
+
 def check_rows(views: Mapping[str, LinearView], rows: Iterable[PlanRow]) -> None:
     """Raise RecipeError, all faults at once, unless every row names a weight of the model and fits its shape."""
     faults = []
@@ -100,33 +104,12 @@ def check_rows(views: Mapping[str, LinearView], rows: Iterable[PlanRow]) -> None
             faults.append(f"{row.name}: no such weight. {suggest(row.name, views, limit=4)}")
             continue
         try:
-            spec_of(row).check_weight(views[row.name].shape)
-            check_kind(views[row.name], row.spec["structure"])
-        except (KronfoldError, KeyError, TypeError) as error:
+            view = views[row.name]
+            structure_of(row.spec).check_site(row.spec, view.kind, view.shape, view.is_inside)
+        except KronfoldError as error:
             faults.append(f"{row.name}: {error}")
     if faults:
         raise RecipeError("The plan does not fit this model, which is unchanged:\n  " + "\n  ".join(faults))
-
-
-def check_kind(view: LinearView, structure: str) -> None:
-    """Raises RecipeError: a structure for embeddings at a linear layer, or the reverse."""
-    wanted = STRUCTURES.get(structure)
-    embeds = view.kind == "embedding"
-    fits = wanted.embedding is not None or structure == "kronecker" if embeds else wanted.module is not None
-    if not fits:
-        allowed = "kronecker, low_rank or tensor_train" if embeds else "one for linear layers, e.g. low_rank"
-        article = "an embedding" if embeds else "a linear layer"
-        raise RecipeError(f"structure {structure!r} cannot replace {article}; use {allowed}")
-
-
-def spec_of(row: PlanRow) -> Any:
-    """The typed spec of a row."""
-    return STRUCTURES.get(row.spec["structure"]).read_spec(_of_the_weight(row.spec))
-
-
-def _of_the_weight(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """A row's spec without what it says of the head and of the fitting."""
-    return {key: value for key, value in spec.items() if key not in ("head", "init")}
 
 
 def check_plan(made: Plan, model_or_config: PreTrainedModel | PretrainedConfig) -> Cost:
@@ -140,13 +123,9 @@ def recount(made: Plan, model_or_config: PreTrainedModel | PretrainedConfig) -> 
     if made.layers:
         check_layers(made.layers, depth_of(skeleton))
         skeleton = truncate(skeleton, made.layers.kept)
-    head, config = name_of_tied_head(skeleton), skeleton.config
-    specs: Mapping[str, Any] = read_specs(skeleton)
     for stage in made.stages:
-        views = sites(skeleton)
-        check_rows(views, stage.rows)
-        specs = specs_after(views, stage.rows, specs, head)
-        skeleton = skeleton_of(config, specs)
+        check_rows(sites(skeleton), stage.rows)
+        place_empty(skeleton, stage.rows)
     return cost_absorbed(skeleton)
 
 
@@ -175,12 +154,6 @@ def _kept(stage: StageRecipe, skeleton: PreTrainedModel, faults: list[str]) -> K
     return KeptLayers(kept, depth, stage.layers if isinstance(stage.layers, str) else None)
 
 
-def name_of_tied_head(skeleton: PreTrainedModel) -> str | None:
-    """Dotted name of the LM head if it reads the token embedding, else None."""
-    family = family_of(skeleton)
-    return family.head if is_tied(skeleton, family) else None
-
-
 def _rows_of_stage(
     skeleton: PreTrainedModel, stage: str, entries: Iterable[CompressRecipe], faults: list[str]
 ) -> list[PlanRow]:
@@ -205,80 +178,19 @@ def _rows_of_stage(
 
 
 def _row(view: LinearView, entry: CompressRecipe) -> PlanRow:
+    """The row that an entry means at a site. Raises RecipeError, ShapeError."""
     structure = STRUCTURES.get(entry.structure)
-    if structure.fit is None or structure.ask is None:
-        allowed = [name for name in STRUCTURES if STRUCTURES.get(name).fit]
-        raise RecipeError(f"structure {entry.structure!r} cannot be asked for. {suggest(entry.structure, allowed)}")
-    if entry.structure == "low_rank" and view.kind == "embedding":
-        return _row(view, entry.model_copy(update={"structure": "grouped_embedding"}))
-    check_kind(view, entry.structure)
-    spec = structure.ask(view.shape, entry.model_dump())
-    spec_dict: dict[str, Any] = {"structure": entry.structure, **spec.to_dict()}
-    if entry.init != "van_loan":
-        spec_dict["init"] = entry.init
-    if view.kind == "embedding":
-        if entry.structure == "kronecker":
-            if spec.b[0] != 1:
-                raise RecipeError(
-                    f"an embedding keeps one row per token: block {list(spec.b)} must be [1, n], e.g. [1, {spec.b[1]}]"
-                )
-            spec_dict["permute_out"] = False
-        spec_dict["head"] = entry.head
+    if (name := structure.at(view.kind)) is not None:
+        structure = STRUCTURES.get(name)
+    content = entry.model_dump()
+    if structure.spec is not None and view.kind not in structure.replaces:
+        raise RecipeError(cannot_replace(structure.name, view.kind))
+    spec = structure.ask(view.shape, content, view.kind)
+    structure.check_site(spec, view.kind, view.shape, view.is_inside)
     return PlanRow(
         name=view.name,
-        spec=spec_dict,
-        label=spec.label(),
-        held_parameters=spec.held_parameters,
+        spec=spec,
         teacher_parameters=view.shape[0] * view.shape[1],
+        head=entry.head if view.kind == "embedding" else None,
+        init=None if entry.init == structure.inits[0] else entry.init,
     )
-
-
-def specs_after(
-    views: Mapping[str, LinearView], rows: Iterable[PlanRow], before: Mapping[str, Any], tied_head: str | None
-) -> dict[str, Any]:
-    """Module specs of the model once `rows` are carried out on a model that has the specs `before`.
-
-    Args:
-        tied_head: name of the LM head if it is tied to the embedding, else None.
-    """
-    specs = {name: dict(spec) for name, spec in before.items()}
-    for row in rows:
-        view = views[row.name]
-        spec = spec_of(row)
-        module_spec = _of_the_weight(row.spec)
-        if row.spec["structure"] == "kronecker":
-            module_spec |= {"permute_in": spec.searches_in, "permute_out": spec.searches_out}
-        elif row.spec["structure"] == "low_rank":
-            module_spec["permuted"] = True  # as fitted, whatever an edited plan says
-        if view.kind == "embedding":
-            head_ties = _is_tied_head(specs.get(tied_head or ""))
-            may_tie = view.module_name not in before or head_ties
-            if row.spec["structure"] == "kronecker":
-                level = {"block": spec.b[1], "rank": spec.rank, "permute": spec.searches_in}
-                levels = [*specs.get(view.module_name, {}).get("levels", []), level]
-                specs[view.module_name] = {"structure": "factorized_embedding", "levels": levels}
-            else:
-                specs[view.module_name] = module_spec
-            if tied_head and row.spec["head"] == "tied" and may_tie:
-                specs[tied_head] = {"structure": "tied_head"}
-            elif tied_head and head_ties:
-                specs.pop(tied_head)
-        elif view.part is None:
-            specs[view.module_name] = module_spec
-        else:
-            fused = specs.setdefault(view.module_name, _dense_parts(views, view.module_name))
-            fused["parts"][view.part] = module_spec
-    return specs
-
-
-def _is_tied_head(spec: Mapping[str, Any] | None) -> bool:
-    return spec is not None and spec["structure"] == "tied_head"
-
-
-def _dense_parts(views: Mapping[str, LinearView], module_name: str) -> dict[str, Any]:
-    parts = {
-        v.part: {"structure": "dense", "out_features": v.shape[0]}
-        for v in views.values()
-        if v.module_name == module_name
-    }
-    return {"structure": "fused", "parts": parts}

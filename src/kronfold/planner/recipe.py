@@ -65,15 +65,13 @@ class CompressRecipe(_Part):
         return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _terms_of_a_sum(self) -> CompressRecipe:
-        if self.terms is not None and self.structure != "sum":
-            raise ValueError(f"terms belong to structure sum, not to {self.structure}")
-        if self.cores is not None and self.structure != "tensor_train":
-            raise ValueError(f"cores belong to structure tensor_train, not to {self.structure}")
-        if self.init != "van_loan" and self.structure != "kronecker":
-            raise ValueError(f"init belongs to structure kronecker, not to {self.structure}")
-        if self.init == "pruning" and self.permute != "none":
-            raise ValueError("init pruning keeps entries by their place and permutes nothing; say `permute: none`")
+    def _keys_of_the_structure(self) -> CompressRecipe:
+        special = {"terms": self.terms, "cores": self.cores, "init": None if self.init == "van_loan" else self.init}
+        if any(value is not None for value in special.values()):
+            from kronfold.structures.registry import STRUCTURES  # only where needed: it imports torch
+
+            if self.structure in STRUCTURES:  # an unknown one is named where the recipe meets a model
+                STRUCTURES.get(self.structure).check_entry({**special, "permute": self.permute})
         return self
 
     def without_permutations(self) -> CompressRecipe:
@@ -87,7 +85,7 @@ class AutoRecipe(_Part):
 
     Attributes:
         target_ratio: held parameters as a share of the dense model's, unless the command names a budget.
-        structures: what sites may become: low_rank, kronecker.
+        structures: what sites may become: names of structures that the planner can choose (low_rank, kronecker).
         windows: calibration windows the layers are fitted on. window: their length in tokens (at most the context).
         gradient_windows: how many of them are also run backwards, for the sensitivities.
         sequential: fit each layer to the inputs that the compressed layers before it produce.

@@ -1,7 +1,7 @@
 """For every site a curve: what it would hold as this or that structure, against how much the loss would rise.
 
 The predicted rise is the second-order one, ½ tr(G D H Dᵀ) in nats per token with D = W − Ŵ, H the second moment of the
-inputs and G that of the loss gradient at the outputs (see `decompose.weighting`). It is exact in the limit of small
+inputs and G that of the loss gradient at the outputs (see `structures.weighting`). It is exact in the limit of small
 errors and adds up over sites as long as their errors do not interact; what it is good for is comparing sites.
 """
 
@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -20,66 +19,62 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kronfold.base.errors import CheckpointError, RecipeError, suggest
+from kronfold.base.errors import CheckpointError, InputError, RecipeError, suggest
 from kronfold.base.files import explain_write_errors, write_json
-from kronfold.base.specs import GroupedEmbeddingSpec, LowRankSpec, Pair
-from kronfold.decompose.grouped_embedding import group_energies
-from kronfold.decompose.low_rank import tail_energies
-from kronfold.decompose.weighting import Weighting
 from kronfold.models.calibrate import fingerprint
 from kronfold.models.finite import check_finite
 from kronfold.models.linear_view import LinearView, sites
 from kronfold.models.statistics import Statistics
 from kronfold.planner.allocate import Options
-from kronfold.structures.kronecker import KroneckerSpec, matrix, nearest_kronecker
+from kronfold.structures.registry import (
+    FP16_BYTES,
+    STRUCTURES,
+    Kind,
+    Structure,
+    Unit,
+    plannable,
+    planned_for,
+    structure_of,
+)
+from kronfold.structures.spec import Pair
 
-Unit = Literal["params", "macs", "bytes"]
-STRUCTURE_CHOICES = ("low_rank", "kronecker")
-KRONECKER_BLOCKS: tuple[Pair, ...] = ((1, 2), (2, 1), (2, 2), (2, 4), (4, 2))
-GROUP_SHARES = (1 / 48, 1 / 24, 1 / 12, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1.0)  # cumulated shares of the vocabulary
-FP16_BYTES, INDEX_BYTES = 2, 4
+FORMAT_VERSION = 2
 
 
 @dataclass
 class SiteCurve:
-    """One site, or one token group of an embedding.
+    """One site, or one token group of an embedding: what it may become and what that would cost.
 
     Attributes:
-        site: its name. group: (first token place, number of tokens) for a group of an embedding, else None.
+        site: its name. group: (first token place, number of tokens) for an embedding or a part of one, else None.
         shape: (out, in) of the site; of the group for a group. tied: an embedding whose head reads it.
-        energies: (min(shape) + 1,) predicted loss increase of low rank at every rank, nats; None without low rank.
-        kronecker: [(b, rank, predicted loss increase)] of the Kronecker shapes.
+        losses: by structure, the predicted loss increase, nats, of each of its `choices` for this shape.
     """
 
     site: str
     shape: Pair
     group: tuple[int, int] | None = None
     tied: bool = False
-    energies: Tensor | None = None
-    kronecker: tuple[tuple[Pair, int, float], ...] = ()
+    losses: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         return self.site if self.group is None else f"{self.site}[{self.group[0]}:{sum(self.group)}]"
 
-    def options(self, unit: Unit) -> tuple[Options, list[Any]]:
-        """What the site may become: costs and losses, and beside them the specs (None: it stays dense).
+    @property
+    def kind(self) -> Kind:
+        return "linear" if self.group is None else "embedding"
 
-        For a group of an embedding the spec is its rank.
-        """
-        specs: list[Any] = [None if self.group is None else self.shape[1]]
+    def options(self, unit: Unit) -> tuple[Options, list[Any]]:
+        """What the site may become: costs and losses, and beside them the specs (None: it stays dense)."""
+        specs: list[Any] = [None]
         costs, losses = [self.dense_cost(unit)], [0.0]
-        if self.energies is not None:
-            top = min(self.shape)  # at the full rank nothing is saved, so that is the dense option
-            ranks = np.arange(1, top)
-            specs += [int(r) if self.group else LowRankSpec(*self.shape, int(r)) for r in ranks]
-            costs += [self._low_rank_cost(int(r), unit) for r in ranks]
-            losses += self.energies[1:top].tolist()
-        for b, rank, loss in self.kronecker:
-            spec = KroneckerSpec.for_weight(self.shape, b, rank, permute_in=False, permute_out=False)
-            specs.append(spec)
-            costs.append(_kronecker_cost(spec, unit))
-            losses.append(loss)
+        for name, curve in self.losses.items():
+            structure = STRUCTURES.get(name)
+            choices = structure.choices(self.shape, self.kind)
+            specs += choices
+            costs += [structure.cost(choice, unit, self.tied) for choice in choices]
+            losses += curve.tolist()
         return Options(np.array(costs, dtype=np.float64), np.array(losses, dtype=np.float64)), specs
 
     def dense_cost(self, unit: Unit) -> float:
@@ -90,25 +85,8 @@ class SiteCurve:
         return numbers * self.tied if unit == "macs" and self.group else numbers
 
     def place_cost(self, unit: Unit) -> float:
-        """What a group adds to the cost of an embedding once that is held in groups, whatever its rank: the places of
-        its tokens."""
-        return float(INDEX_BYTES * self.shape[0]) if self.group and unit == "bytes" else 0.0
-
-    def _low_rank_cost(self, rank: int, unit: Unit) -> float:
-        size, width = self.shape
-        held = float(rank * (size + width - rank))
-        if unit == "bytes":
-            return FP16_BYTES * held + INDEX_BYTES * (width if self.group else size)
-        if unit == "macs" and self.group:
-            return rank * (width - rank) * (1.0 + self.tied) + size * rank * self.tied
-        return held
-
-
-def _kronecker_cost(spec: KroneckerSpec, unit: Unit) -> float:
-    if unit == "macs":
-        order = matrix.cheapest_order(spec.a, spec.b, spec.rank, float("inf"))
-        return matrix.macs(spec.a, spec.b, spec.rank, order, float("inf"))
-    return float(spec.held_parameters * (FP16_BYTES if unit == "bytes" else 1))
+        """What this slice adds to the cost of its site once that is structured, whatever is chosen for the slice."""
+        return max((STRUCTURES.get(name).slice_cost(self.shape, unit) for name in self.losses), default=0.0)
 
 
 def sensitivity(
@@ -122,16 +100,17 @@ def sensitivity(
 
     Args:
         statistics: of this very model, with gradients.
-        structures: which of `STRUCTURE_CHOICES` sites may become.
+        structures: what sites may become, of `plannable()`.
 
     Raises:
         RecipeError: an unknown structure, or statistics without gradients. DataError: statistics of another model.
     """
-    unknown = [name for name in structures if name not in STRUCTURE_CHOICES]
+    allowed = plannable()
+    unknown = [name for name in structures if name not in allowed]
     if unknown or not structures:
         raise RecipeError(
             f"The planner cannot choose {unknown or 'among no structures'}. "
-            f"{suggest(str(unknown[0]) if unknown else '', STRUCTURE_CHOICES)}"
+            f"{suggest(str(unknown[0]) if unknown else '', allowed)}"
         )
     if not statistics.gradient_tokens:
         raise RecipeError(
@@ -144,113 +123,74 @@ def sensitivity(
     for i, view in enumerate(views):
         if progress:
             progress(f"sensitivity {view.name}", i, len(views))
-        if view.kind == "embedding":
-            curves += _embedding_curves(view, statistics)
-        else:
-            curves.append(_linear_curve(view, statistics.weighting(view), structures))
+        curves += _curves(view, statistics, planned_for(view.kind, structures))
     if progress:
         progress("sensitivity", len(views), len(views))
     return curves
 
 
-def _linear_curve(view: LinearView, weighting: Weighting, structures: Sequence[str]) -> SiteCurve:
-    weighting = weighting.checked(view.shape)
-    weight = view.weight().double().cpu()
-    curve = SiteCurve(view.name, view.shape)
-    if "low_rank" in structures:
-        curve.energies = 0.5 * tail_energies(weight, weighting)
-    if "kronecker" in structures:
-        curve.kronecker = tuple(_kronecker_points(weight, weighting))
-    return curve
-
-
-def _kronecker_points(weight: Tensor, weighting: Weighting) -> list[tuple[Pair, int, float]]:
-    """Plain nearest sums of every rank that saves numbers, scored by the weighted error."""
-    points = []
-    shape = (weight.shape[0], weight.shape[1])
-    for b in KRONECKER_BLOCKS:
-        if shape[0] % b[0] or shape[1] % b[1]:
-            continue
-        full = KroneckerSpec.for_weight(shape, b, 1)
-        fit = nearest_kronecker(weight, KroneckerSpec.for_weight(shape, b, full.max_rank))
-        for rank in range(1, full.max_rank):
-            residual = weight - matrix.to_dense(fit.a[:rank], fit.b[:rank])
-            if rank * full.held_parameters < weight.numel():
-                points.append((b, rank, 0.5 * weighting.squared_error(residual)))
-    return points
-
-
-def _embedding_curves(view: LinearView, statistics: Statistics) -> list[SiteCurve]:
-    sizes = group_sizes(*view.shape)
-    curves, start = [], 0
-    for size, energies in zip(sizes, group_energies(view.weight(), sizes, statistics.weighting(view)), strict=True):
-        shape = (size, view.shape[1])
-        curves.append(SiteCurve(view.name, shape, (start, size), statistics.tied, 0.5 * energies))
-        start += size
+def _curves(view: LinearView, statistics: Statistics, structures: Sequence[Structure]) -> list[SiteCurve]:
+    """One curve for each slice of a site. Raises RecipeError where structures would share its slices."""
+    slices = {tuple(structure.slices(view.shape, view.kind)) for structure in structures}
+    if len(slices) > 1 or (len(structures) > 1 and len(next(iter(slices))) > 1):
+        raise RecipeError(
+            f"{view.name} is chosen part by part, so the planner cannot choose between "
+            f"{' and '.join(structure.name for structure in structures)} there; ask for one of them."
+        )
+    curves: list[SiteCurve] = []
+    start = 0
+    for shape in next(iter(slices), ()):
+        group = (start, shape[0]) if view.kind == "embedding" else None
+        curves.append(SiteCurve(view.name, shape, group, view.kind == "embedding" and statistics.tied))
+        start += shape[0]
+    for structure in structures:
+        losses = structure.losses(view.weight(), statistics.weighting(view), view.kind)
+        for curve, own in zip(curves, losses, strict=True):
+            curve.losses[structure.name] = own
     return curves
-
-
-def group_sizes(vocabulary: int, width: int = 1) -> list[int]:
-    """Tokens per group, most frequent first; groups of frequent tokens are smaller, for they matter one by one.
-
-    None is smaller than `width` (unless the vocabulary is): such a group could not keep its full rank.
-    """
-    edges = [0]
-    for share in GROUP_SHARES:
-        edge = round(share * vocabulary)
-        if edge - edges[-1] >= width and (vocabulary - edge >= width or edge == vocabulary):
-            edges.append(edge)
-    edges = edges if edges[-1] == vocabulary else [*edges, vocabulary]
-    return [stop - start for start, stop in pairwise(edges)]
 
 
 def save_curves(curves: Sequence[SiteCurve], path: str | Path) -> None:
     """Write curves as `PATH.json` and `PATH.safetensors`. Raises OutputError, NotFiniteError."""
-    energies = {str(i): curve.energies.contiguous() for i, curve in enumerate(curves) if curve.energies is not None}
-    check_finite(energies.items(), what="The sensitivity curves")
+    tensors = {f"{i}/{name}": own.contiguous() for i, curve in enumerate(curves) for name, own in curve.losses.items()}
+    check_finite(tensors.items(), what="The sensitivity curves")
     with explain_write_errors(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file(energies, f"{path}.safetensors")
+        save_file(tensors, f"{path}.safetensors")
     rows = [
-        {"site": c.site, "shape": c.shape, "group": c.group, "tied": c.tied, "kronecker": c.kronecker} for c in curves
+        {"site": c.site, "shape": c.shape, "group": c.group, "tied": c.tied, "structures": list(c.losses)}
+        for c in curves
     ]
-    write_json(f"{path}.json", {"schema": "kronfold/curves", "curves": rows})
+    write_json(f"{path}.json", {"schema": "kronfold/curves", "format_version": FORMAT_VERSION, "curves": rows})
 
 
 def load_curves(path: str | Path) -> list[SiteCurve]:
     """Curves that `save_curves` wrote. Raises CheckpointError when they cannot be read."""
     try:
-        rows = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))["curves"]
-        energies = load_file(f"{path}.safetensors")
-        return [
+        content = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
+        if content["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format {content['format_version']}, this kronfold reads {FORMAT_VERSION}")
+        tensors = load_file(f"{path}.safetensors")
+        curves = [
             SiteCurve(
                 row["site"],
                 tuple(row["shape"]),
                 tuple(row["group"]) if row["group"] else None,
                 row["tied"],
-                energies.get(str(i)),
-                tuple((tuple(b), rank, loss) for b, rank, loss in row["kronecker"]),
+                {name: tensors[f"{i}/{name}"] for name in row["structures"]},
             )
-            for i, row in enumerate(rows)
+            for i, row in enumerate(content["curves"])
         ]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        for curve in curves:
+            for name, own in curve.losses.items():
+                if len(own) != len(STRUCTURES.get(name).choices(curve.shape, curve.kind)):
+                    raise ValueError(f"{curve.key}: {name} has other choices now")
+        return curves
+    except (OSError, ValueError, KeyError, TypeError, InputError, SafetensorError) as error:
         raise CheckpointError(f"{path} holds no sensitivity curves ({error}). Delete it and plan again.") from error
 
 
-def embedding_spec(curves: Sequence[SiteCurve], ranks: Sequence[int]) -> GroupedEmbeddingSpec | None:
-    """The spec of an embedding from the ranks of its groups; neighbours of equal rank become one group.
-
-    None when every group keeps its full rank.
-    """
-    width = curves[0].shape[1]
-    if all(rank == width for rank in ranks):
-        return None
-    sizes: list[int] = []
-    merged: list[int] = []
-    for curve, rank in zip(curves, ranks, strict=True):
-        if merged and merged[-1] == rank == width:
-            sizes[-1] += curve.shape[0]
-        else:
-            sizes.append(curve.shape[0])
-            merged.append(rank)
-    return GroupedEmbeddingSpec(tuple(sizes), tuple(merged), width)
+def joined_spec(slices: Sequence[SiteCurve], chosen: Sequence[Any]) -> Any | None:
+    """The spec of a site from the choices for its slices; None where all of them stay dense (None)."""
+    spec = next((choice for choice in chosen if choice is not None), None)
+    return None if spec is None else structure_of(spec).combined([own.shape for own in slices], chosen)

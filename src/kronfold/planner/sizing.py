@@ -14,17 +14,16 @@ What a recipe leaves alone stays alone, so some sizes cannot be reached; the not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kronfold.base.errors import RecipeError
-from kronfold.models.structures import STRUCTURES
 from kronfold.planner import planning
 from kronfold.planner.plan import Plan, PlanRow
 from kronfold.planner.recipe import Recipe, load_recipe
+from kronfold.structures.registry import structure_of
 
 TOLERANCE = 0.005  # of the size asked for
 
@@ -154,16 +153,8 @@ def _total(plan: Plan, dials: Sequence[_Dial], chosen: Sequence[int]) -> int:
 
 def _sizes(row: PlanRow) -> list[PlanRow]:
     """The row at every size its structure comes in, ascending."""
-    sizes: Callable[[Any], list[Any]] | None = STRUCTURES.get(row.spec["structure"]).sizes
-    if sizes is None:
-        return [row]
-    written = planning.spec_of(row)
-    kept = {key: value for key, value in row.spec.items() if key not in written.to_dict()}
-    return [
-        replace(row, spec={**spec.to_dict(), **kept}, label=spec.label(), held_parameters=spec.held_parameters)
-        for spec in sizes(written)
-        if spec.held_parameters < row.teacher_parameters
-    ] or [row]
+    sizes = structure_of(row.spec).sizes(row.spec)
+    return [replace(row, spec=spec) for spec in sizes if spec.held_parameters < row.teacher_parameters] or [row]
 
 
 def _turned(plan: Plan, dials: Sequence[_Dial], amount: float) -> tuple[list[int], str]:

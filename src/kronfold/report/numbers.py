@@ -114,10 +114,12 @@ def protocol_short(settings: Mapping[str, Any]) -> str:
 
 
 def shape(row: Mapping[str, Any]) -> str:
-    """What became of a matrix: a Kronecker spec in full, any other structure by its label, e.g. `rank 20 of 256`."""
-    if row["structure"] == "kronecker" or not row.get("label"):
+    """What became of a matrix: its label, e.g. `rank 20 of 256`, and what the spec says beside it of permutations and
+    the head."""
+    if not row.get("label"):
         return spec(row["spec"])
-    return f"{row['label']}, head {row['spec']['head']}" if row["spec"].get("head") else str(row["label"])
+    beside = {**_permuted(row["spec"]), **{key: row["spec"][key] for key in ("head",) if row["spec"].get(key)}}
+    return f"{row['label']}, {pairs(beside)}" if beside else str(row["label"])
 
 
 def spec(settings: Mapping[str, Any]) -> str:
@@ -129,13 +131,17 @@ def spec(settings: Mapping[str, Any]) -> str:
     if "a" not in settings or "b" not in settings:
         return pairs(settings)
     text = f"{settings.get('rank', 1)} × ({_value(settings['a'])} ⊗ {_value(settings['b'])})"
-    rest = {key: value for key, value in settings.items() if key not in ("a", "b", "rank")}
-    searched = [key for key in ("permute_in", "permute_out") if rest.pop(key, True)]
-    if len(searched) == 1:
-        rest["permuted"] = searched[0].removeprefix("permute_") + " only"
-    elif not searched:
-        rest["permuted"] = "no"
+    told = ("a", "b", "rank", "permute_in", "permute_out")
+    rest = {**{key: value for key, value in settings.items() if key not in told}, **_permuted(settings)}
     return f"{text}, {pairs(rest)}" if rest else text
+
+
+def _permuted(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Which sides are permuted, where not both are; nothing for a spec that says nothing of it."""
+    searched = [side for side in ("in", "out") if settings.get(f"permute_{side}", True)]
+    if len(searched) == 2:
+        return {}
+    return {"permuted": f"{searched[0]} only" if searched else "no"}
 
 
 def kept_layers(layers: Mapping[str, Any]) -> str:

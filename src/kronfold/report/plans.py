@@ -111,7 +111,7 @@ def _structures(rows: Sequence[Document]) -> str:
         found.setdefault(row["structure"], set()).update([rank] if isinstance(rank, int) and rank else [])
     said = []
     for structure, ranks in found.items():
-        if structure == "kronecker" or not ranks:
+        if len(rows) == 1 or not ranks:
             said.append(structure if len(rows) > 1 else f"{structure}, {rows[0].get('label')}")
         else:
             span = f"{min(ranks)} to {max(ranks)}" if len(ranks) > 1 else str(*ranks)

@@ -7,10 +7,10 @@ moves.py        ways to deal rows or columns to groups anew
 search.py       the search for permutations: starts, nested families, descent
 weighted_moves.py  the same under a weighting by data
 permutations.py    `permuted_kronecker`, which puts these together
-layer.py        the layer, and what a recipe entry may ask
+layer.py        the layer, and what the rest of the project asks of the structure
 """
 
-from kronfold.structures.kronecker.layer import INITS, KroneckerLinear, ask, fit, sizes
+from kronfold.structures.kronecker.layer import KroneckerLinear
 from kronfold.structures.kronecker.matrix import Fit, KroneckerSpec
 from kronfold.structures.kronecker.permutations import permuted_kronecker
 from kronfold.structures.kronecker.van_loan import (
@@ -21,16 +21,12 @@ from kronfold.structures.kronecker.van_loan import (
 )
 
 __all__ = [
-    "INITS",
     "Fit",
     "KroneckerLinear",
     "KroneckerSpec",
-    "ask",
-    "fit",
     "nearest_kronecker",
     "nearest_kronecker_batch",
     "permuted_kronecker",
     "pruned_kronecker",
-    "sizes",
     "with_equal_entries",
 ]

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kronfold.decompose.weighting import Weighting
 from kronfold.structures.kronecker.matrix import Fit, rearrange, to_dense
+from kronfold.structures.weighting import Weighting
 
 SWEEPS = 20
 TOLERANCE = 1e-4  # a fit ends when a sweep lowers its error by less than this share of it

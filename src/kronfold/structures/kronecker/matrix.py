@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 
 from kronfold.base.errors import ShapeError
-from kronfold.base.specs import Pair, divisors
-from kronfold.ops import few_rows
-from kronfold.ops.cost import BACKWARD_MOVES, BACKWARD_PRODUCTS, Rates, rates_for, tokens_of
-from kronfold.ops.few_rows import mix
-from kronfold.ops.permutation import inverse, permuted
+from kronfold.structures.permutations import inverse, permuted
+from kronfold.structures.rates import BACKWARD_MOVES, BACKWARD_PRODUCTS, Rates, linear, mix, rates_for, tokens_of
+from kronfold.structures.spec import Pair, divisors
 
 
 @dataclass(frozen=True)
@@ -204,7 +202,7 @@ def apply(
         rates = rates_for(x)
         order = fastest_order((out_a, in_a), (out_b, in_b), rank, tokens_of(x), *gathers, rates, training)
     if order == "dense":
-        return few_rows.linear(x, dense_weight(a, b, gather_in, gather_out), bias)
+        return linear(x, dense_weight(a, b, gather_in, gather_out), bias)
 
     lead = x.shape[:-1]
     if gather_in is not None:  # x, gathered and in the order the factors take it, in one movement: (n, in_b, in_a)
@@ -214,11 +212,11 @@ def apply(
     if order == "dense_blocks":
         weight = _block_weight(a, b)
         weight = weight if gather_out is None else permuted(weight, gather_out, 0)
-        return few_rows.linear(x.view(*lead, in_b * in_a), weight, bias)
+        return linear(x.view(*lead, in_b * in_a), weight, bias)
 
     rows_are_outputs = False
     if order == "a_first":
-        t = few_rows.linear(x, a.reshape(rank * out_a, in_a)).view(-1, in_b * rank, out_a)
+        t = linear(x, a.reshape(rank * out_a, in_a)).view(-1, in_b * rank, out_a)
         y = mix(b.permute(1, 2, 0).reshape(out_b, in_b * rank).to(t.dtype), t)  # (n, out_b, out_a)
     else:
         rows_are_outputs = out_b == 1 and gather_out is None  # then the product with A can add the bias
@@ -230,7 +228,7 @@ def apply(
             y = torch.addbmm(start, terms, a.transpose(1, 2), beta=inner_bias is not None).view(-1, out_b, out_a)
         else:
             wide = a.transpose(0, 1).reshape(out_a, rank * in_a)
-            y = few_rows.linear(t.view(-1, out_b, rank * in_a), wide, inner_bias)
+            y = linear(t.view(-1, out_b, rank * in_a), wide, inner_bias)
 
     if rows_are_outputs:
         return y.view(*lead, out_a)

@@ -8,13 +8,13 @@ from dataclasses import replace
 from torch import Tensor
 
 from kronfold.base.errors import InputError, suggest
-from kronfold.decompose.weighting import Weighting, check_weight
-from kronfold.ops.threads import one_thread
 from kronfold.structures.kronecker.matrix import Fit, KroneckerSpec
 from kronfold.structures.kronecker.moves import LARGE
 from kronfold.structures.kronecker.search import Options, Search, explore, from_identity, grouped
 from kronfold.structures.kronecker.van_loan import nearest_kronecker
 from kronfold.structures.kronecker.weighted_moves import weighted_search
+from kronfold.structures.rates import one_thread
+from kronfold.structures.weighting import Weighting, check_weight
 
 FINE_STEPS = 2e-4  # tolerance of weighted moves where out_b is 1
 SWEEPS_LARGE = 2  # weighted sweeps of a large weight; the first ones gain nearly all there is

@@ -17,10 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kronfold.base.specs import divisors
 from kronfold.structures.kronecker.matrix import KroneckerSpec
 from kronfold.structures.kronecker.moves import LARGE, alike, assign, exchange, swap
 from kronfold.structures.kronecker.van_loan import right_basis
+from kronfold.structures.spec import divisors
 
 PATIENT = 1 << 14  # numbers in a matrix, up to which a search ends only after three idle sweeps
 TINY = 1 << 8  # numbers in the weight, up to which a search restarts from random arrangements

@@ -16,9 +16,9 @@ import torch
 from scipy.sparse.linalg import svds
 from torch import Tensor
 
-from kronfold.decompose.weighting import Weighting, check_weight
 from kronfold.structures.kronecker.als import weighted_fit
 from kronfold.structures.kronecker.matrix import Fit, KroneckerSpec, rearrange
+from kronfold.structures.weighting import Weighting, check_weight
 
 GRAM_SIZE = 1024  # a side of R(W) up to this size is solved through its Gram matrix
 CHUNK_NUMBERS = 1 << 22  # float64 numbers rearranged at a time (32 MiB)

@@ -23,12 +23,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kronfold.decompose.weighting import Weighting
 from kronfold.structures.kronecker import als
 from kronfold.structures.kronecker.als import Problem, a_normal, a_step, cholesky, with_orthonormal_b
 from kronfold.structures.kronecker.matrix import Fit, KroneckerSpec, to_dense
 from kronfold.structures.kronecker.moves import chunks, match, mutual_best
 from kronfold.structures.kronecker.search import Options
+from kronfold.structures.weighting import Weighting
 
 ROUGH_SWEEPS = 4  # of refitting for the starts that nothing is promised about
 NUMBERS = 1 << 24  # entries of the small systems solved per call; bounds its time

@@ -1,4 +1,4 @@
-"""What an error in a weight costs: the quadratic form every data-aware solver minimises.
+"""What an error in a weight costs: the quadratic form every data-aware solver minimises; and what it is fitted to.
 
 For a linear layer y = W x the expected squared error of the outputs is `tr((W − Ŵ) H (W − Ŵ)ᵀ)` with the second moment
 H = E[x xᵀ]. With the second moment G = E[g gᵀ] of the loss gradient at the outputs it becomes
@@ -9,12 +9,12 @@ and Grosse 2015, arXiv 1503.05671, equation 23).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kronfold.base.errors import InputError, ShapeError
+from kronfold.structures.spec import Spec
 
 DAMPING = 1e-4  # of the mean of the diagonal; keeps directions the calibration text never showed from being free
 
@@ -71,7 +71,7 @@ class Weighting:
         return (self.squared_error(weight - approximation) / total) ** 0.5 if total else 0.0
 
 
-def check_weight(weight: Tensor, spec: Any) -> Tensor:
+def check_weight(weight: Tensor, spec: Spec) -> Tensor:
     """`weight` detached on the CPU in its own dtype, once it is known to fit `spec`, a typed spec of any structure.
 
     Raises ShapeError: not a matrix of the spec's shape. InputError: not floating point, NaN or infinities, only zeros.
@@ -154,3 +154,34 @@ def root(moment: Tensor) -> tuple[Tensor, Tensor]:
     sizes = torch.where(alive, values.clamp_min(0).sqrt(), 0.0)
     inverse = torch.where(alive, 1 / sizes.clamp_min(1e-300), 0.0)
     return vectors * sizes, (vectors * inverse).T
+
+
+RIDGE = 1e-2  # δ as a share of the mean of the diagonal of H̃: holds W' near W where the text says little
+
+
+def corrected_weight(
+    weight: Tensor, cross: Tensor, moment: Tensor, ridge: float = RIDGE, drift: Tensor | None = None
+) -> Tensor:
+    """W' (out, in), float64: least squares from the inputs a layer now gets to its old outputs.
+
+    With x the original inputs, x̃ those that the compressed layers before it produce, and W the original weight, the
+    best weight for x̃ solves `min E‖W x − W' x̃‖² + δ‖W' − W‖²`, so `W' = (W C + δ W)(H̃ + δ I)⁻¹` with C = E[x x̃ᵀ] and
+    H̃ = E[x̃ x̃ᵀ]. Fitting a structure to W' under H̃ is then the same as fitting it to the original outputs, because the
+    residual of the least squares is orthogonal to x̃.
+
+    Args:
+        weight: W (out, in). cross: C = E[x x̃ᵀ] (in, in). moment: H̃ = E[x̃ x̃ᵀ] (in, in).
+        drift: E[d x̃ᵀ] (out, in), where the output is to be W x + d.
+        ridge: δ over the mean of the diagonal of H̃, above 0.
+
+    Where H̃ is all zeros nothing is known, and W' is W.
+    """
+    weight, cross, moment = weight.double(), cross.double(), moment.double()
+    delta = ridge * float(moment.diagonal().mean())
+    if delta == 0.0:
+        return weight
+    system = moment + delta * torch.eye(moment.shape[0], dtype=torch.float64)
+    right = weight @ cross + delta * weight
+    if drift is not None:
+        right = right + drift.double()
+    return torch.linalg.solve(system, right.T).T

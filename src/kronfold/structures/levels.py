@@ -1,20 +1,19 @@
-"""A token embedding held in factors, and the language-model head that reads it."""
+"""A token embedding held in Kronecker levels, and the language-model head that reads a structured embedding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kronfold.base.errors import ShapeError
-from kronfold.nn.grouped_embedding import GroupedEmbedding
-from kronfold.nn.tensor_train_embedding import TensorTrainEmbedding
-from kronfold.ops import few_rows
-from kronfold.ops.cost import tokens_of
-from kronfold.ops.permutation import drop_identity, inverse, permuted
+from kronfold.base.errors import CheckpointError, ShapeError
+from kronfold.structures.layer import Structured, StructuredEmbedding, dense_rows
+from kronfold.structures.permutations import drop_identity, inverse, permuted
+from kronfold.structures.rates import linear, tokens_of
+from kronfold.structures.registry import Structure, Where
 
 
 class ColumnExpansion(nn.Module):
@@ -68,7 +67,7 @@ class ColumnExpansion(nn.Module):
         return {"block": self.block, "rank": self.rank, "permute": self.gather is not None}
 
 
-class FactorizedEmbedding(nn.Module):
+class FactorizedEmbedding(StructuredEmbedding):
     """An embedding `E = weight · G`, where G (width, embedding_dim) is the product of the levels' small factors.
 
     Args:
@@ -127,10 +126,10 @@ class FactorizedEmbedding(nn.Module):
     def project(self, hidden: Tensor) -> Tensor:
         """`hidden · Eᵀ` without forming E: (..., embedding_dim) -> (..., V)."""
         if tokens_of(hidden) >= self.weight.shape[1]:
-            return few_rows.linear(few_rows.linear(hidden, self.expansion()), self.weight)
+            return linear(linear(hidden, self.expansion()), self.weight)
         for level in self.levels:
             hidden = level.contract(hidden)
-        return few_rows.linear(hidden, self.weight)
+        return linear(hidden, self.weight)
 
     def dense_weight(self) -> Tensor:
         """E, (V, embedding_dim)."""
@@ -143,6 +142,23 @@ class FactorizedEmbedding(nn.Module):
     def head_macs(self) -> float:
         """Multiply-accumulates of the logits of one token."""
         return self.weight.shape[1] * (self.embedding_dim + self.num_embeddings)
+
+    def site_weight(self) -> Tensor:
+        """The stored matrix: a later structure becomes one more level inside."""
+        return self.weight.detach()
+
+    @property
+    def site_shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def site_metric(self, metric: Tensor) -> Tensor:
+        """An error D in the stored columns is D G behind the expansion."""
+        expansion = self.expansion().detach().to(metric)
+        return expansion @ metric @ expansion.T
+
+    def gather_place(self, side: str) -> tuple[nn.Module, str] | None:
+        """Only the outermost level's; without levels the columns themselves are reordered."""
+        return (self.levels[0], "gather") if side == "out" and len(self.levels) else None
 
     def permute_outputs(self, perm: Tensor) -> None:
         """Reorder the columns of E in place; a head tied to it reorders its inputs alike. perm: (embedding_dim,)."""
@@ -162,11 +178,7 @@ class FactorizedEmbedding(nn.Module):
             b: (rank, block). perm: (stored width,) or None. weight: (rank, V, stored width / block).
         """
         perm = drop_identity(perm)
-        level = {"block": b.shape[1], "rank": b.shape[0], "permute": perm is not None}
-        levels = [*(old.to_spec() for old in self.levels), level]
-        new = FactorizedEmbedding(
-            self.num_embeddings, self.embedding_dim, levels, self.weight.device, self.weight.dtype
-        )
+        new = self.with_empty_level(b.shape[1], b.shape[0], perm is not None)
         with torch.no_grad():
             for old, copy in zip(self.levels, new.levels, strict=False):
                 copy.load_state_dict(old.state_dict())
@@ -178,12 +190,22 @@ class FactorizedEmbedding(nn.Module):
         return new
 
     @classmethod
-    def from_dense(cls, weight: Tensor) -> FactorizedEmbedding:
-        """No levels yet: exactly the given weight (V, embedding_dim)."""
+    def of(cls, embedding: nn.Module) -> FactorizedEmbedding:
+        """An embedding as one in levels: itself if it is one, else with no levels yet and exactly its weight."""
+        if isinstance(embedding, FactorizedEmbedding):
+            return embedding
+        weight = dense_rows(embedding)
         new = cls(weight.shape[0], weight.shape[1], [], device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
             new.weight.copy_(weight)
         return new
+
+    def with_empty_level(self, block: int, rank: int, permute: bool) -> FactorizedEmbedding:
+        """A new module with one more (innermost) level and numbers of its own; also on the meta device."""
+        levels = [*(level.to_spec() for level in self.levels), {"block": block, "rank": rank, "permute": permute}]
+        return FactorizedEmbedding(
+            self.num_embeddings, self.embedding_dim, levels, self.weight.device, self.weight.dtype
+        )
 
     def to_spec(self) -> dict[str, Any]:
         levels = [level.to_spec() for level in self.levels]
@@ -193,20 +215,27 @@ class FactorizedEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, stored width {self.weight.shape[1]}"
 
 
-class TiedHead(nn.Module):
+class TiedHead(Structured):
     """The LM head that reads a structured embedding: logits = hidden · Eᵀ. It holds nothing itself.
 
     The embedding is kept outside the module tree, so it appears once in memory, in the state dict and in the optimiser;
     `copy.deepcopy` of the whole model keeps the tie.
     """
 
-    def __init__(self, embedding: FactorizedEmbedding | GroupedEmbedding | TensorTrainEmbedding) -> None:
+    def __init__(self, embedding: StructuredEmbedding) -> None:
         super().__init__()
         self._source = (embedding,)  # a tuple is no submodule
 
     @property
-    def embedding(self) -> FactorizedEmbedding | GroupedEmbedding | TensorTrainEmbedding:
+    def embedding(self) -> StructuredEmbedding:
         return self._source[0]
+
+    @property
+    def reads(self) -> nn.Module:
+        return self.embedding
+
+    def permute_inputs(self, perm: Tensor) -> None:
+        """Nothing to do: the embedding it reads is reordered itself."""
 
     @property
     def in_features(self) -> int:
@@ -232,3 +261,28 @@ class TiedHead(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, reads the embedding"
+
+
+class _FactorizedEmbedding(Structure):
+    """A container: what an embedding is once a structure became a level of it (Kronecker products do)."""
+
+    name = "factorized_embedding"
+    replaces = ("embedding",)
+    may_be_term = False
+
+    def build(self, content: Mapping[str, Any], where: Where) -> nn.Module:
+        self.check_place(where)
+        return FactorizedEmbedding(*where.shape, content["levels"], **where.factory)
+
+
+class _TiedHead(Structure):
+    name = "tied_head"
+    may_be_term = False
+
+    def build(self, content: Mapping[str, Any], where: Where) -> nn.Module:
+        if not isinstance(where.embedding, StructuredEmbedding):
+            raise CheckpointError("a tied_head stands at the LM head and needs a structured embedding to read")
+        return TiedHead(where.embedding)
+
+
+STRUCTURE, TIED_HEAD = _FactorizedEmbedding(), _TiedHead()

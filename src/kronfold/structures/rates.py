@@ -1,7 +1,7 @@
 """What the parts of a layer's arithmetic cost on this machine, for choosing between ways to compute the same thing.
 
 Seconds, by device, dtype and number of threads. Built-in figures serve until `kronfold tune` has measured the machine
-(`ops/tuning.py`); a saved measurement is read once, at the first question. Nothing is ever measured unasked.
+(`measure_rates`); a saved measurement is read once, at the first question. Nothing is ever measured unasked.
 
 Another machine, or another measurement, may choose another order of the same sums: results then differ by rounding.
 With `KRONFOLD_RATES=builtin` the built-in figures are used whatever is saved.
@@ -10,18 +10,26 @@ With `KRONFOLD_RATES=builtin` the built-in figures are used whatever is saved.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import platform
+import statistics
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from kronfold.base.cache import cache_directory
+from kronfold.base.files import write_json
+from kronfold.structures.permutations import permuted
 
 FORMAT_VERSION = 1
 NEVER = 0.5  # seconds
@@ -36,7 +44,7 @@ class Rates:
     whatever the number of tokens. `gather`: one element picked by an index along the last dimension. `row`: one element
     of a row picked by an index. `copy`: one element of a transposition. `mix`: one element into or out of a batch of
     products with a small matrix. `launch`: one operation, however small. `few`: one number of a weight in a product of
-    up to FEW rows, weight first (`ops/few_rows.py`).
+    up to FEW rows, weight first (`linear`).
     """
 
     mac: float
@@ -162,13 +170,153 @@ def _values(device: str, dtype: torch.dtype) -> tuple[float, ...]:
     return astuple(_rates_now(device, dtype))  # numbers: torch.compile takes them for constants
 
 
-def rates_for(x: torch.Tensor) -> Rates:
+def rates_for(x: Tensor) -> Rates:
     """The rates for a call with input x: those of the dtype its products run in."""
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     return rates_of(device, torch.get_autocast_dtype(device) if autocast else x.dtype)
 
 
-def tokens_of(x: torch.Tensor) -> int:
+def tokens_of(x: Tensor) -> int:
     """How many vectors x (..., features) holds."""
     return x.shape[:-1].numel()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear(x, weight, bias)`, weight first where there are few rows and this machine's rates say it is faster.
+
+    `F.linear` hands one row to the matrix-vector product of BLAS and two to four rows to a matrix product that is made
+    for many. Weight first, `weight @ rows.T`, the same numbers come from a product with few columns, which reads the
+    weight faster: on one processor (AMD EPYC, Zen 4, MKL) 13 to 27 GB/s where the others read 3 to 12
+    (benchmarks/few_rows.py).
+
+    x (..., in), weight (out, in), bias (out,) or None; returns (..., out). With gradients, and compiled, it is
+    `F.linear` itself.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    count = tokens_of(x)
+    if not is_few(count, weight.shape[1], rates_for(x)) or x.dtype != weight.dtype:
+        return F.linear(x, weight, bias)
+    rows = x.reshape(count, -1)
+    rows = rows if count > 1 else rows.expand(2, -1).contiguous()  # one alone would be the matrix-vector product again
+    y = (weight @ rows.t())[:, :count].t().contiguous()
+    return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread, here and in threads begun inside.
+
+    For work made of many short tensor operations: a second thread gains little, and on a busy machine costs tenfold.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def mix(small: Tensor, x: Tensor) -> Tensor:
+    """small (p, q) times every x[i] of x (n, q, width): (n, p, width). The width lies in one piece throughout."""
+    p, q = small.shape
+    if x.device.type == "cpu" and x.dtype.itemsize == 2 and p * q < 4:
+        # two-byte products this small run at a third of the rate of single precision
+        return torch.bmm(small.float().expand(x.shape[0], p, q), x.float()).to(x.dtype)
+    return torch.bmm(small.expand(x.shape[0], p, q), x)
+
+
+COPIES = 16  # weights in turn, more than most caches hold: in a model every layer reads one of its own
+SHORTEST = 1e-16  # seconds; what noise leaves below is no rate
+
+
+def measure_rates(device: str, dtype: torch.dtype, *, rounds: int = 7, tokens: int = 512, width: int = 768) -> Rates:
+    """The rates of this machine for a device and dtype, with the threads torch uses now.
+
+    Args:
+        rounds: interleaved rounds, whose median counts, after one of warm-up. tokens, width: the shapes measured are
+            those of a layer (width, width) and (4·width, width).
+
+    Raises RuntimeError as torch does for a device that is not there or a dtype it cannot multiply.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    x, square, tall = random(tokens, width), random(width, width), random(4 * width, width)
+    one, two = random(1, width), random(2, width)
+    weights = itertools.cycle([tall, *(random(4 * width, width) for _ in range(COPIES - 1))])
+    tiny, few, half = random(1, 8), random(8, 8), width // 2
+    pairs, terms = x.view(tokens, 2, half), random(width, 4, half)
+    small, wide = random(1, 2), random(8, 4)
+    features = torch.randperm(width, generator=generator).to(device, torch.int32)
+    rows = torch.randperm(4 * width, generator=generator).to(device, torch.int32)
+    jobs: dict[str, Callable[[], object]] = {
+        "launch": lambda: F.linear(tiny, few),
+        "product": lambda: F.linear(x, square),
+        "read": lambda: F.linear(one, next(weights)),
+        "few": lambda: next(weights) @ two.t(),
+        "gather": lambda: permuted(x, features),
+        "row": lambda: permuted(tall, rows, 0),
+        "copy": lambda: x.view(tokens, half, 2).transpose(1, 2).contiguous(),
+        "mix": lambda: mix(small, pairs),
+        "build": lambda: mix(wide, terms),
+    }
+    with torch.no_grad():
+        took = interleaved(jobs, device, rounds)
+    launch = took["launch"]
+    left = {name: max(seconds - launch, 0.0) for name, seconds in took.items()}
+    mac = left["product"] / (tokens * width * width)
+    found = {
+        "mac": mac,
+        "read": left["read"] / tall.numel() - mac,
+        "gather": left["gather"] / x.numel(),
+        "row": left["row"] / tall.numel(),
+        "copy": left["copy"] / x.numel(),
+        "mix": (left["mix"] + left["build"]) / (1.5 * x.numel() + 3 * terms.numel()),
+        "launch": launch,
+        "few": left["few"] / tall.numel(),
+    }
+    return Rates(**{name: max(value, SHORTEST) for name, value in found.items()})
+
+
+def interleaved(jobs: Mapping[str, Callable[[], object]], device: str, rounds: int) -> dict[str, float]:
+    """Median seconds of each job over `rounds` rounds in which all take turns; short jobs are repeated in a turn.
+
+    The first calls of a job are not counted: they load libraries, start threads and build what is kept.
+    """
+    repeats = {}
+    for name, job in jobs.items():
+        _seconds(job, device, 2)
+        repeats[name] = max(1, int(2e-3 / max(_seconds(job, device, 2), 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            times[name].append(_seconds(job, device, repeats[name]))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _seconds(job: Callable[[], object], device: str, repeats: int) -> float:
+    """Seconds of one run, over `repeats` in a row."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        job()
+    wait()
+    return (time.perf_counter() - started) / repeats
+
+
+def save_rates(path: Path, measured: Mapping[tuple[str, str, int], Rates]) -> None:
+    """Write measurements by `key`; those of other devices, dtypes and numbers of threads stay.
+
+    Raises OutputError.
+    """
+    rows = [
+        {"device": device, "dtype": dtype, "threads": threads, "rates": asdict(rates)}
+        for (device, dtype, threads), rates in {**read_rates(path), **measured}.items()
+    ]
+    write_json(path, {"format_version": FORMAT_VERSION, "unit": "seconds", "rows": rows})
+    forget()

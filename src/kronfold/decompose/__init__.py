@@ -1,1 +1,0 @@
-"""Pure solvers: tensor in, factors out. They know no models."""

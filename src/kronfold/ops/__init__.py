@@ -1,1 +1,0 @@
-"""Pure tensor functions on factors: apply, to_dense, cost. No modules, no models."""
