@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kronfold.base.errors import KronfoldError
-from kronfold.base.files import check_output, sha256_of, write_json
+from kronfold.base.files import sha256_of, write_json
+from kronfold.base.output import check_output
 from kronfold.base.results import document
 from kronfold.data.calibration import calibration_windows
 from kronfold.data.sources import documents

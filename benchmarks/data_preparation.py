@@ -31,7 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kronfold.assets import teacher_path
-from kronfold.base.files import check_output, write_json
+from kronfold.base.files import write_json
+from kronfold.base.output import check_output
 from kronfold.base.results import document
 from kronfold.data.clean import clean
 from kronfold.data.encode import encode_documents

@@ -36,7 +36,8 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from kronfold.base.errors import KronfoldError
-from kronfold.base.files import check_output, write_json
+from kronfold.base.files import write_json
+from kronfold.base.output import check_output
 from kronfold.base.results import document
 from kronfold.models.cost import cost
 from kronfold.models.parts import Parts

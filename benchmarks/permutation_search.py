@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kronfold.base.errors import DataError, KronfoldError
-from kronfold.base.files import check_output, sha256_of, write_json
+from kronfold.base.files import sha256_of, write_json
+from kronfold.base.output import check_output
 from kronfold.base.results import document
 from kronfold.base.specs import KroneckerSpec
 from kronfold.decompose.nearest import nearest_kronecker

@@ -31,7 +31,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kronfold.base.errors import InputError, KronfoldError
-from kronfold.base.files import check_output, sha256_of, write_json
+from kronfold.base.files import sha256_of, write_json
+from kronfold.base.output import check_output
 from kronfold.base.results import document
 from kronfold.base.specs import KroneckerSpec, LowRankSpec, SumSpec
 from kronfold.data.packing import pack

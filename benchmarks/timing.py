@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kronfold.base.errors import InputError
-from kronfold.base.files import check_output, write_json
+from kronfold.base.files import write_json
+from kronfold.base.output import check_output
 from kronfold.base.results import document
 
 

@@ -109,7 +109,11 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, killed_at):
     student = gpt2(0)
     with pytest.raises(Stop):
         heal(student, teacher, data, output_dir=tmp_path, callbacks=[KillAfter(killed_at)], **options)
-    student = gpt2(5)  # its weights come from the checkpoint
+    with pytest.raises(CheckpointError, match="student was"):
+        heal(gpt2(5), teacher, data, output_dir=tmp_path, resume=True, **options)
+    with pytest.raises(CheckpointError, match="teacher was"):
+        heal(gpt2(0), gpt2(5), data, output_dir=tmp_path, resume=True, **options)
+    student = gpt2(0)  # its weights come from the checkpoint
     found = heal(student, teacher, data, output_dir=tmp_path, resume=True, **options)
     assert found.resumed_from == killed_at - killed_at % 2
     assert (found.steps, found.tokens) == (true.steps, true.tokens)
@@ -120,7 +124,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, killed_at):
         (e["step"], e["loss"], e["kl"]) for e in true.losses
     ]
 
-    again = gpt2(5)
+    again = gpt2(0)
     done = heal(again, teacher, data, output_dir=tmp_path, resume=True, **options)
     assert (done.steps, done.resumed_from, done.tokens_per_second) == (10, 10, 0)
     torch.testing.assert_close(weights(again), weights(whole), rtol=0, atol=0)
@@ -137,7 +141,7 @@ def test_a_damaged_newest_checkpoint_is_passed_by(tmp_path, damaged, caplog):
         torn.unlink()  # it is written last, so a killed run lacks it
     else:
         torn.write_bytes(torn.read_bytes()[:-100])
-    student = gpt2(5)
+    student = gpt2(0)
     result = heal(student, teacher, data, output_dir=tmp_path, resume=True, **options)
     assert result.resumed_from == 4
     assert "checkpoint-6 is not whole" in caplog.text
@@ -158,7 +162,7 @@ def test_a_full_disk_says_so_and_keeps_the_earlier_checkpoint(tmp_path, monkeypa
     with pytest.raises(OutputError, match="Could not write a checkpoint.*No space left on device"):
         heal(gpt2(0), teacher, data, output_dir=tmp_path, **options)
     monkeypatch.undo()
-    student = gpt2(5)
+    student = gpt2(0)
     assert heal(student, teacher, data, output_dir=tmp_path, resume=True, **options).resumed_from == 2
     torch.testing.assert_close(weights(student), weights(whole), rtol=0, atol=0)
 

@@ -57,7 +57,7 @@ def evaluate(
     """Perplexity of a model on a text, by a named protocol; or a suite of measurements; or tasks of lm-eval."""
     from kronfold.base import processes
     from kronfold.base.errors import InputError
-    from kronfold.base.files import check_output, write_json
+    from kronfold.base.output import Output
     from kronfold.evaluate.texts import named_texts
     from kronfold.pipelines import evaluation
     from kronfold.report.evaluations import suite_table, task_table
@@ -71,8 +71,10 @@ def evaluate(
         given = f"{len(texts)} texts" if texts else "no text"
         raise InputError(f"eval was given {given}. Give one --eval-text, or several with --suite lm --lambada PATH.")
     device = t.prepare(device, 0)
-    if output:
-        processes.on_main(lambda: check_output(output, overwrite))
+    reads = [model, tokenizer, lambada, task_files, *texts]
+    target = processes.on_main(
+        lambda: Output(output, overwrite=overwrite, inputs=reads, is_file=True) if output else None
+    )
     source = t.resolve_model(model)
     options: dict[str, Any] = {"batch_size": batch_size, "tokenizer": tokenizer, "device": device, "dtype": dtype}
     options["name"] = model
@@ -89,8 +91,8 @@ def evaluate(
         else:
             document = evaluation.evaluate_text(source, texts[0], protocol, report=report, **options)
             shown = _eval_lines(document)
-    if output:
-        processes.on_main(lambda: write_json(output, document))
+    if target:
+        processes.on_main(lambda: target.write_json(document))
     t.emit(document, json, shown)
 
 

@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kronfold.base.files import sha256_of, write_json
+from kronfold.base.files import sha256_of
 from kronfold.data.sources import documents, source_files
 
 _ROWS = 1000
-DONE = "shards.json"
 
 
 def spool(source: str | Path, folder: Path, shard_characters: int, *, text_column: str = "text") -> dict[str, Any]:
@@ -19,8 +18,7 @@ def spool(source: str | Path, folder: Path, shard_characters: int, *, text_colum
 
     A shard takes whole documents in order until it holds `shard_characters`, so shards depend on the source only.
     Documents of white space are left out and counted apart (`blank`). Reads once, holds one shard's batch in memory.
-    Returns (and writes to `folder`, last, as the mark of completion) source, files with hashes, counts, shards,
-    sha256 of all texts. Raises DataError as `documents` does.
+    Returns source, files with hashes, counts, shards, sha256 of all texts. Raises DataError as `documents` does.
     """
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
@@ -39,15 +37,13 @@ def spool(source: str | Path, folder: Path, shard_characters: int, *, text_colum
     shards = writer.close()
     path = Path(source)
     files = source_files(path) if path.exists() else []
-    summary = {
+    return {
         "source": str(source),
         **found,
         "sha256": digest.hexdigest(),
         "files": described(files, path if path.is_dir() else path.parent),
         "shards": shards,
     }
-    write_json(folder / DONE, summary)
-    return summary
 
 
 def described(files: Iterable[Path], root: Path) -> list[dict[str, Any]]:

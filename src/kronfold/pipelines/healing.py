@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from kronfold.base import processes, results
-from kronfold.base.files import check_output, work_directory
+from kronfold.base.job import Job
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
 from kronfold.distill.stored import StoredTeacher
 from kronfold.evaluate.perplexity import perplexity
 from kronfold.evaluate.texts import open_text
 from kronfold.models.cost import cost
-from kronfold.models.load import load_model, load_tokenizer, read_dtype
-from kronfold.pipelines.checkpoint import save_checkpoint
+from kronfold.models.load import load_model, load_tokenizer, on_disk, read_dtype
+from kronfold.pipelines.checkpoint import write_saved
 from kronfold.pipelines.objectives import objective_of
 from kronfold.pipelines.together import split_batch
 from kronfold.planner.recipe import HealRecipe
@@ -46,61 +46,69 @@ def heal_to(
     """Heal the checkpoint `student` by distillation from `teacher` and save the result in `output`.
 
     Trainer checkpoints live in `<output>.partial` until the end; `resume` continues from them, with another number of
-    processes too. `micro_batch`: see `split_batch`; it changes speed and memory only.
+    processes too, as long as student, teacher, text and settings are the same. `micro_batch`: see `split_batch`; it
+    changes speed and memory only.
     `offline_teacher`: directory that `kronfold teach` made of `teacher` and `train_text`; `teacher` is then measured
     but takes no part in the training, and the blocks are those stored, read as often as the budget asks for.
     Returns the results document. Raises OutputError, CheckpointError, DataError, before training starts.
     """
     processes.start(device)
-    processes.on_main(lambda: check_output(output, overwrite))
-    stored = StoredTeacher(offline_teacher) if offline_teacher else None
-    objective = objective_of(recipe)
-    if stored:
-        stored.check_objective(objective)
-    split_batch(recipe.batch_size, micro_batch)
-    saved_dtype = read_dtype(dtype) if dtype else None
-    work = processes.on_main(lambda: work_directory(output, resume, overwrite))
-    model, original = load_model(student, device=device), load_model(teacher, device=device)
-    tokenizer, teacher_cost = load_tokenizer(student), cost(original).to_dict()
-    if stored:
-        stored.check_teacher(original)
-    blocks = processes.on_main(lambda: _blocks(train_text, tokenizer, model, recipe.tokens, stored))
+    reads = [student, teacher, train_text, eval_text, offline_teacher]
+    with Job.open(output, "heal", inputs=reads, resume=resume, overwrite=overwrite, together=True) as job:
+        stored = StoredTeacher(offline_teacher) if offline_teacher else None
+        objective = objective_of(recipe)
+        if stored:
+            stored.check_objective(objective)
+        split_batch(recipe.batch_size, micro_batch)
+        saved_dtype = read_dtype(dtype) if dtype else None
+        model, original = load_model(student, device=device), load_model(teacher, device=device)
+        tokenizer, teacher_cost = load_tokenizer(student), cost(original).to_dict()
+        if stored:
+            stored.check_teacher(original)
+        blocks = processes.on_main(lambda: _blocks(train_text, tokenizer, model, recipe.tokens, stored))
 
-    def measure(subject: PreTrainedModel, what: str) -> float | None:
-        if eval_text is None:
-            return None
-        return perplexity(
-            subject, tokenizer, open_text(eval_text), protocol,
-            progress=lambda done, total: report(f"evaluate {what}", done, total),
-        ).perplexity  # fmt: skip
+        def measure(subject: PreTrainedModel, what: str) -> float | None:
+            if eval_text is None:
+                return None
+            return perplexity(
+                subject, tokenizer, open_text(eval_text), protocol,
+                progress=lambda done, total: report(f"evaluate {what}", done, total),
+            ).perplexity  # fmt: skip
 
-    teacher_perplexity, before = measure(original, "the teacher"), measure(model, "before healing")
-    guide = stored or original
-    del original  # with an offline teacher its memory is free now
-    healed = heal_by(
-        recipe, model, guide, blocks,
-        seed=seed, output_dir=work, resume=resume, micro_batch=micro_batch,
-        progress=lambda step, total, _logs: report("heal", step, total),
-    )  # fmt: skip
-    after = measure(model, "after healing")
-    document = results.document(
-        "heal",
-        seed,
-        model=student,
-        objective=recipe.objective.model_dump(),
-        protocol=protocol if eval_text else None,
-        data={"heal": {"source": Path(train_text).name, "tokens": blocks.tokens, "sha256": blocks.sha256}},
-        teacher={**teacher_cost, "perplexity": teacher_perplexity},
-        **({"offline_teacher": stored.manifest.to_dict()} if stored else {}),
-        **cost(model).to_dict(),
-        stages=[_stage_entry(healed, before, after)],
-    )
-
-    def save() -> None:
-        save_checkpoint(model, tokenizer, student, output, document, saved_dtype, overwrite)
-        shutil.rmtree(work, ignore_errors=True)
-
-    processes.on_main(save)
+        facts = {
+            "recipe": recipe.model_dump(mode="json"),
+            "train_sha256": blocks.sha256,
+            "offline_teacher": stored.manifest.to_dict() if stored else None,
+            "protocol": protocol if eval_text else None,
+            "seed": seed,
+            "dtype": dtype,
+        }
+        if job.begin(facts, student=on_disk(student), teacher=on_disk(teacher), eval_text=eval_text):
+            return job.document()
+        teacher_perplexity = job.step("teacher", partial(measure, original, "the teacher"))
+        before = job.step("before healing", partial(measure, model, "before healing"))
+        guide = stored or original
+        del original  # with an offline teacher its memory is free now
+        healed = heal_by(
+            recipe, model, guide, blocks,
+            seed=seed, output_dir=job.work / "trainer", resume=job.resumed, micro_batch=micro_batch,
+            progress=lambda step, total, _logs: report("heal", step, total),
+        )  # fmt: skip
+        after = measure(model, "after healing")
+        document = results.document(
+            "heal",
+            seed,
+            model=student,
+            objective=recipe.objective.model_dump(),
+            protocol=protocol if eval_text else None,
+            data={"heal": {"source": Path(train_text).name, "tokens": blocks.tokens, "sha256": blocks.sha256}},
+            teacher={**teacher_cost, "perplexity": teacher_perplexity},
+            **({"offline_teacher": stored.manifest.to_dict()} if stored else {}),
+            **cost(model).to_dict(),
+            stages=[_stage_entry(healed, before, after)],
+        )
+        processes.on_main(lambda: write_saved(model, tokenizer, student, job.result, saved_dtype))
+        job.finish(document)
     return document
 
 

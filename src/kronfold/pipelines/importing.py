@@ -13,7 +13,8 @@ from transformers import GPT2Config
 
 from kronfold.base import results
 from kronfold.base.errors import CheckpointError, InputError
-from kronfold.base.files import atomic_directory, check_output, explain_write_errors, sha256_of, write_json
+from kronfold.base.files import explain_write_errors, sha256_of
+from kronfold.base.job import Job
 from kronfold.export.checkpoint import write_model
 from kronfold.export.published_tq import model_from_tq
 from kronfold.models.cost import cost
@@ -44,30 +45,30 @@ def import_tq(
     Returns the results document (schema `kronfold/import-tq`). Raises OutputError, CheckpointError, InputError, before
     anything is written.
     """
-    check_output(output, overwrite)
-    saved_dtype = read_dtype(dtype) if dtype else None
-    file = _weights_file(Path(path))
-    model = model_from_tq(read_state(file), _config_beside(file), heads)
-    words = _tokenizer(file, tokenizer)
-    if saved_dtype:
-        model.to(saved_dtype)
-    specs = read_specs(model)
-    document = results.document(
-        "import-tq",
-        None,
-        source={"file": file.name, "sha256": sha256_of(file)},
-        **cost(model).to_dict(),
-        head="tied" if model.config.tie_word_embeddings else "untied",
-        structured=sorted(specs),
-        tokenizer=words is not None,
-    )
-    with atomic_directory(output, overwrite) as place:
+    with Job.open(output, "import-tq", inputs=[path, tokenizer], overwrite=overwrite, resumable=False) as job:
+        saved_dtype = read_dtype(dtype) if dtype else None
+        file = _weights_file(Path(path))
+        model = model_from_tq(read_state(file), _config_beside(file), heads)
+        words = _tokenizer(file, tokenizer)
+        if saved_dtype:
+            model.to(saved_dtype)
+        specs = read_specs(model)
+        document = results.document(
+            "import-tq",
+            None,
+            source={"file": file.name, "sha256": sha256_of(file)},
+            **cost(model).to_dict(),
+            head="tied" if model.config.tie_word_embeddings else "untied",
+            structured=sorted(specs),
+            tokenizer=words is not None,
+        )
+        job.begin()
         if words is None:
-            with explain_write_errors(place):
-                model.save_pretrained(place)
+            with explain_write_errors(job.result):
+                model.save_pretrained(job.result)
         else:
-            write_model(model, words, place)
-        write_json(place / "results.json", document)
+            write_model(model, words, job.result)
+        job.finish(document)
     return document
 
 

@@ -7,6 +7,7 @@ errors and adds up over sites as long as their errors do not interact; what it i
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ from typing import Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kronfold.base.errors import CheckpointError, RecipeError, suggest
-from kronfold.base.files import explain_write_errors, write_json
+from kronfold.base.files import atomic_file, explain_write_errors, write_json
 from kronfold.base.specs import GroupedEmbeddingSpec, KroneckerSpec, LowRankSpec, Pair
 from kronfold.decompose.grouped_embedding import group_energies
 from kronfold.decompose.low_rank import tail_energies
@@ -209,18 +210,25 @@ def save_curves(curves: Sequence[SiteCurve], path: str | Path) -> None:
     energies = {str(i): curve.energies.contiguous() for i, curve in enumerate(curves) if curve.energies is not None}
     with explain_write_errors(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file(energies, f"{path}.safetensors")
+        content = save(energies)
+        with atomic_file(f"{path}.safetensors") as file:
+            file.write(content)
     rows = [
         {"site": c.site, "shape": c.shape, "group": c.group, "tied": c.tied, "kronecker": c.kronecker} for c in curves
     ]
-    write_json(f"{path}.json", {"schema": "kronfold/curves", "curves": rows})
+    digests = [hashlib.sha256(part).hexdigest() for part in (content, json.dumps(rows).encode())]
+    write_json(f"{path}.json", {"schema": "kronfold/curves", "sha256": digests, "curves": rows})
 
 
 def load_curves(path: str | Path) -> list[SiteCurve]:
-    """Curves that `save_curves` wrote. Raises CheckpointError when they cannot be read."""
+    """Curves that `save_curves` wrote. Raises CheckpointError when they cannot be read or are not what was written."""
     try:
-        rows = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))["curves"]
-        energies = load_file(f"{path}.safetensors")
+        header = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
+        rows, content = header["curves"], Path(f"{path}.safetensors").read_bytes()
+        digests = [hashlib.sha256(part).hexdigest() for part in (content, json.dumps(rows).encode())]
+        if header["sha256"] != digests:
+            raise ValueError("their hashes do not match")
+        energies = load(content)
         return [
             SiteCurve(
                 row["site"],
