@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -118,3 +118,31 @@ def sha256_of_source(source: str | Path) -> str:
     path = Path(source)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return sha256_of(*(file for file in files if file.is_file()))
+
+
+def sha256_of_content(
+    source: str | Path | None, known: dict[str, Any] | None = None, without: Iterable[Path] = ()
+) -> str | None:
+    """One hash over all that a file or directory holds, names included; None for what is not on this machine.
+
+    Args:
+        known: what was hashed before, by path, with size, time and inode of then; equal ones are not read again, and
+            new ones are added.
+        without: directories whose content does not count.
+    """
+    if source is None or not os.path.exists(source):
+        return None
+    path, known = Path(source), {} if known is None else known
+    left_out = [place.resolve() for place in without]
+    found = []
+    for name in files_below(path) if path.is_dir() else [""]:
+        file = Path(os.path.abspath(path / name if name else path))
+        if not file.is_file() or any(place in file.resolve().parents for place in left_out):
+            continue
+        stat = file.stat()
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        entry = known.get(str(file))
+        if entry is None or entry[:3] != state:
+            entry = known[str(file)] = [*state, sha256_of(file)]
+        found.append([name, entry[3]])
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()

@@ -16,7 +16,6 @@ done, and it is struck out, by another name, before anything that it speaks of i
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -29,15 +28,15 @@ from typing import Any, TypeVar
 
 from kronfold.base import processes, results
 from kronfold.base.errors import CheckpointError, InputError, Interrupted, OutputError
-from kronfold.base.files import explain_write_errors, files_below, sha256_of, write_json
-from kronfold.base.marker import MARKER, faults_in, read_marker, seal
+from kronfold.base.files import explain_write_errors, files_below, sha256_of, sha256_of_content, write_json
+from kronfold.base.marker import BOOK, MARKER, faults_in, is_sealed, read_marker, seal, sealed
 from kronfold.base.output import Lock, Output, held_within, remove
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-BOOK, STRUCK, LOCK, RESULT = "job.json", "job.removed", "lock", "result"
+STRUCK, LOCK, RESULT = "job.removed", "lock", "result"
 _SCHEMA = "kronfold/job"
 _OF_03 = ("steps.json", "heal.json", "settings.json", "manifest.json")  # its books, one for each kind of job
 
@@ -183,7 +182,7 @@ class Job:
             try:
                 book = json.loads((self.work / name).read_text(encoding="utf-8"))
                 whole = {"kind", "id", "resumable", "fingerprint", "steps", "seconds", "hashed"} <= set(book)
-                return book if book["schema"] == _SCHEMA and whole else None
+                return book if book["schema"] == _SCHEMA and whole and is_sealed(book) else None
             except (OSError, ValueError, TypeError, KeyError):
                 continue
         return None
@@ -223,7 +222,8 @@ class Job:
         hashed: dict[str, Any] = dict(book["hashed"]) if book else {}
         fingerprint = {"kronfold": results.versions().get("kronfold"), **facts}
         if self.resumable:
-            fingerprint |= {name: self._content(source, hashed) for name, source in read.items()}
+            own = (self.output.place, self.work)
+            fingerprint |= {name: sha256_of_content(source, hashed, own) for name, source in read.items()}
         fingerprint = json.loads(json.dumps(fingerprint))
         left = left and not self.grows  # one that grows goes on from the result itself
         going_on = self.resume and book is not None and not (self.work / STRUCK).exists() and not self._is_left(book)
@@ -264,29 +264,6 @@ class Job:
             f"The unfinished run in {place} was started with other options ({', '.join(differing)})"
             f"{': ' if told else ''}{'; '.join(told)}. Resume with the same ones, or start anew with --overwrite."
         )
-
-    def _content(self, source: str | Path | None, hashed: dict[str, Any]) -> str | None:
-        """One hash over all that a file or directory holds, but for this job's own output; None for what is not here.
-
-        A file is read once: its hash is kept by size, time, and inode.
-        """
-        if source is None or not os.path.exists(source):
-            return None
-        path = Path(source)
-        own = (self.output.place.resolve(), self.work.resolve())
-        digests = []
-        for name in files_below(path) if path.is_dir() else [""]:
-            file = path / name if name else path
-            inside = Path(os.path.abspath(file))
-            if not file.is_file() or any(mine in inside.parents for mine in own):
-                continue
-            stat = file.stat()
-            state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-            known = hashed.get(str(inside))
-            if known is None or known[:3] != state:
-                known = hashed[str(inside)] = [*state, sha256_of(file)]
-            digests.append(known[3] if not name else [name, known[3]])
-        return digests[0] if digests and isinstance(digests[0], str) else _digest(digests)
 
     def _take_stock(self) -> None:
         """Forget the steps whose files are not what they left, and remove what a killed writer was at."""
@@ -370,7 +347,8 @@ class Job:
         return files
 
     def _write(self) -> None:
-        write_json(self.work / BOOK, {**self._book, "seconds": round(self.seconds(), 3)})
+        book = {key: value for key, value in self._book.items() if key != "seal"}
+        write_json(self.work / BOOK, sealed({**book, "seconds": round(self.seconds(), 3)}))
 
     # --- after the work ---------------------------------------------------------------------------------------------
 
@@ -463,10 +441,6 @@ def _marked(place: Path) -> str | None:
         return read_marker(place).get("id")
     except CheckpointError:
         return None
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _below(name: str, places: set[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from kronfold.base.files import files_below, sha256_of, sync, write_json
 
 MARKER = ".kronfold.json"  # in a result directory: its files with their sizes and hashes, and the job that wrote them
 MARKER_SCHEMA = "kronfold/output"
+BOOK = "job.json"  # in the directory of an unfinished job: its steps with the files they left
+SEAL = "files.json"  # in a trainer checkpoint: its files
 
 # What 0.3 wrote, which has no marker: a directory is one of its results when one of these files says so ...
 _TOLD_BY = ("results.json", "manifest.json", "statistics.json", "config.json")
@@ -124,7 +127,8 @@ def seal(place: Path, kind: str, **facts: Any) -> None:
     files = {}
     for name in files_below(place):
         files[name] = {"bytes": (place / name).stat().st_size, "sha256": sha256_of(place / name)}
-    write_json(place / MARKER, {"schema": MARKER_SCHEMA, "schema_version": 1, "kind": kind, **facts, "files": files})
+    marker = {"schema": MARKER_SCHEMA, "schema_version": 1, "kind": kind, **facts, "files": files}
+    write_json(place / MARKER, sealed(marker))
     for folder, _, names in os.walk(place):
         for path in (*names, "."):
             sync(os.path.join(folder, path))
@@ -134,10 +138,54 @@ def read_marker(place: str | Path) -> dict[str, Any]:
     """The marker of a result. Raises CheckpointError when there is none that can be read."""
     path = Path(place) / MARKER
     content = _json(path)
-    if content is None or content.get("schema") != MARKER_SCHEMA or not isinstance(content.get("files"), dict):
+    if content is None or content.get("schema") != MARKER_SCHEMA or not is_sealed(content):
         why = "is damaged" if path.exists() else "does not exist; results of version 0.3 and of other tools have none"
         raise CheckpointError(f"{path}, which lists the files of a result with their hashes, {why}.")
     return content
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON document with the hash of all else in it as its last entry."""
+    return {**document, "seal": _digest(document)}
+
+
+def is_sealed(document: Mapping[str, Any]) -> bool:
+    """Whether a document read back is what `sealed` gave."""
+    return document.get("seal") == _digest({key: value for key, value in document.items() if key != "seal"})
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def verified(place: str | Path) -> dict[str, Any]:
+    """Check a directory against all lists of hashes in it: a finished result, an unfinished job, a trainer checkpoint.
+
+    Returns {"files": how many were checked, "bytes": theirs, "unlisted": names of those that no list has}.
+    Raises CheckpointError with every fault; or where there is no list.
+    """
+    place = Path(place)
+    lists = [name for name in files_below(place) if name.rpartition("/")[2] in (MARKER, BOOK, SEAL)]
+    if not lists:
+        read_marker(place)
+    expected: dict[str, Any] = {}
+    faults = []
+    for name in lists:
+        content = _json(place / name)
+        if content is None or not is_sealed(content):
+            faults.append(f"{name}, which lists the others, is damaged")
+            continue
+        steps = [step["files"] for step in content.get("steps", {}).values()] if name.endswith(BOOK) else []
+        folder = name.rpartition("/")[0]
+        for files in steps or [content.get("files", {})]:
+            expected |= {f"{folder}/{file}" if folder else file: facts for file, facts in files.items()}
+    if faults := faults + faults_in(place, expected):
+        more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise CheckpointError(
+            f"{place} is damaged: {'; '.join(faults[:20])}{more}. Restore it from a copy, or make it anew."
+        )
+    unlisted = [name for name in files_below(place) if name not in expected and name not in lists]
+    return {"files": len(expected), "bytes": sum(facts["bytes"] for facts in expected.values()), "unlisted": unlisted}
 
 
 def kind_of(place: Path) -> str | None:

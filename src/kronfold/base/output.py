@@ -347,17 +347,17 @@ def exchange(one: Path, other: Path) -> bool:
 class Lock:
     """A file that one process holds at a time; the system lets go of it when that process ends, however it ends.
 
-    Raises OutputError, with the number of the process, when another one holds it.
+    Raises OutputError, with the number of the process, when another one holds it; or, with `wait`, comes after it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, wait: bool = False) -> None:
         import fcntl
 
         self.path = path
         while True:
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except OSError as error:
                 holder = os.pread(self._handle, 32, 0).decode(errors="replace").strip() or "another one"
                 os.close(self._handle)

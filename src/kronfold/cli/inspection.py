@@ -108,11 +108,24 @@ def _eval_lines(found: dict[str, Any]) -> str:
     )
 
 
-def inspect(model: t.Model, json: t.Json = False) -> None:
+def inspect(
+    model: t.Model,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Check every file against the hash it was written with; any result directory, also an unfinished one.",
+        ),
+    ] = False,
+    json: t.Json = False,
+) -> None:
     """What a checkpoint holds: structures by module, sizes, multiply-accumulates, where it came from."""
+    from pathlib import Path
+
     from rich.table import Table
 
     from kronfold.base import results
+    from kronfold.base.marker import verified
     from kronfold.models.cost import cost
     from kronfold.models.load import load_config, load_model
     from kronfold.models.recognised import recognised
@@ -121,8 +134,13 @@ def inspect(model: t.Model, json: t.Json = False) -> None:
     from kronfold.planner.planning import skeleton_of
     from kronfold.report.tables import gathers_line
 
-    t.prepare()
     source = t.resolve_model(model)
+    checked = {"verified": verified(source)} if verify else {}
+    whole = [_verified_line(checked["verified"])] if verify else []
+    if verify and not (Path(source) / "config.json").exists():
+        t.emit(results.document("inspect", None, model=model, **checked), json, *whole)
+        return
+    t.prepare()
     subject = skeleton_of(load_config(source)) if source.startswith("config:") else load_model(source, dtype="auto")
     specs = read_specs(subject)
     parts = recognised(subject)
@@ -136,6 +154,7 @@ def inspect(model: t.Model, json: t.Json = False) -> None:
         gathers=gathers_of(subject),
         modules=specs,
         recognised=parts.to_dict(),
+        **checked,
     )
     table = Table("module", "structure", "spec", title=f"{model}: {len(specs)} structured modules")
     for name, spec in specs.items():
@@ -148,7 +167,12 @@ def inspect(model: t.Model, json: t.Json = False) -> None:
     )
     shown = [table] if specs else ["No structured modules: a dense model."]
     gathers = [gathers_line(document["gathers"])] if specs else []
-    t.emit(document, json, *shown, sizes, *gathers, *([parts.lines()] if parts.generic else []))
+    t.emit(document, json, *shown, sizes, *gathers, *([parts.lines()] if parts.generic else []), *whole)
+
+
+def _verified_line(found: dict[str, Any]) -> str:
+    more = f"; {len(found['unlisted'])} files beside them have no hash" if found["unlisted"] else ""
+    return f"verified: {found['files']:,} files, {found['bytes']:,} bytes, all as they were written{more}"
 
 
 def validate(

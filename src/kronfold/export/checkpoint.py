@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from kronfold.base.errors import CheckpointError
 from kronfold.base.files import explain_write_errors
 from kronfold.models.safetensors_header import read_headers
+from kronfold.ops.permutation import is_permutation
 
 
 def check_tensors(model: PreTrainedModel, specs: Mapping[str, Any], files: Iterable[str | Path]) -> None:
@@ -44,6 +46,22 @@ def check_tensors(model: PreTrainedModel, specs: Mapping[str, Any], files: Itera
             + "\nconfig.json and the safetensors files belong to different checkpoints, or a file is incomplete; "
             "restore both from one source."
         )
+
+
+def check_gathers(model: PreTrainedModel) -> None:
+    """Raise CheckpointError unless every gather of a structured layer takes each index once.
+
+    An index beyond the end would stop the model when it runs; one that is named twice would only make it worse.
+    """
+    for name, module in model.named_modules():
+        if not type(module).__module__.startswith("kronfold.nn."):
+            continue
+        for own, held in module.named_buffers(recurse=False):
+            if held.dtype == torch.int32 and not held.is_meta and not is_permutation(held):
+                raise CheckpointError(
+                    f"{name}.{own} of the checkpoint is no permutation of 0 to {held.numel() - 1}, so the file is "
+                    "damaged. Restore it from a copy (kronfold inspect DIR --verify names the files), or make it anew."
+                )
 
 
 def write_model(model: PreTrainedModel, tokenizer: Any, place: str | Path) -> None:

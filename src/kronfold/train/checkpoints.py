@@ -13,11 +13,10 @@ from transformers import TrainerCallback
 from kronfold.base import processes
 from kronfold.base.errors import CheckpointError, OutputError
 from kronfold.base.files import explain_write_errors, files_below, sha256_of, sync, write_json
-from kronfold.base.marker import faults_in
+from kronfold.base.marker import SEAL, faults_in, is_sealed, sealed
 
 logger = logging.getLogger(__name__)
 
-SEAL = "files.json"  # in a checkpoint: its files with their hashes
 SETTINGS = "heal.json"  # beside the checkpoints; what must be the same for a resumed run to be the same run
 
 
@@ -37,7 +36,7 @@ def seal(checkpoint: Path) -> None:
             sync(checkpoint / name)
         sizes = {name: (checkpoint / name).stat().st_size for name in names}
         files = {name: {"bytes": sizes[name], "sha256": sha256_of(checkpoint / name)} for name in names}
-        write_json(checkpoint / SEAL, {"step": step_of(checkpoint), "files": files})
+        write_json(checkpoint / SEAL, sealed({"step": step_of(checkpoint), "files": files}))
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -48,6 +47,8 @@ def damage(checkpoint: Path) -> str | None:
     try:
         content = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
         step, files = content["step"], content["files"]
+        if not is_sealed(content):
+            raise ValueError("it is not what was written")
         faults = faults_in(checkpoint, files)
     except FileNotFoundError:
         return f"{SEAL}, which is written last, is missing"
