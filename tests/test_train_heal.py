@@ -130,17 +130,24 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, killed_at):
     torch.testing.assert_close(weights(again), weights(whole), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("damaged", ["trainer_state.json", "model.safetensors", "optimizer.pt", "rng_state.pth"])
+@pytest.mark.parametrize(
+    "damaged", ["trainer_state.json", "model.safetensors", "optimizer.pt", "rng_state.pth", "files.json"]
+)
 def test_a_damaged_newest_checkpoint_is_passed_by(tmp_path, damaged, caplog):
     teacher, data = gpt2(1), Blocks(10)
     options = {"steps": 6, "batch_size": 2, "bf16": False, "save_steps": 2}
     whole = gpt2(0)
     heal(whole, teacher, data, output_dir=tmp_path, **options)
     torn = tmp_path / "checkpoint-6" / damaged
+    content = torn.read_bytes()
     if damaged == "trainer_state.json":
-        torn.unlink()  # it is written last, so a killed run lacks it
+        torn.unlink()
+    elif damaged == "optimizer.pt":  # one flipped bit, which every reader would take for a number
+        torn.write_bytes(
+            content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
+        )
     else:
-        torn.write_bytes(torn.read_bytes()[:-100])
+        torn.write_bytes(content[:-100])
     student = gpt2(0)
     result = heal(student, teacher, data, output_dir=tmp_path, resume=True, **options)
     assert result.resumed_from == 4

@@ -133,11 +133,11 @@ def sha256_of_content(
     if source is None or not os.path.exists(source):
         return None
     path, known = Path(source), {} if known is None else known
-    left_out = [place.resolve() for place in without]
+    left_out = [Path(os.path.realpath(place)) for place in without]
     found = []
     for name in files_below(path) if path.is_dir() else [""]:
         file = Path(os.path.abspath(path / name if name else path))
-        if not file.is_file() or any(place in file.resolve().parents for place in left_out):
+        if not file.is_file() or any(place in Path(os.path.realpath(file)).parents for place in left_out):
             continue
         stat = file.stat()
         state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]

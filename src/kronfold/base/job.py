@@ -30,7 +30,7 @@ from kronfold.base import processes, results
 from kronfold.base.errors import CheckpointError, InputError, Interrupted, OutputError
 from kronfold.base.files import explain_write_errors, files_below, sha256_of, sha256_of_content, write_json
 from kronfold.base.marker import BOOK, MARKER, faults_in, is_sealed, read_marker, seal, sealed
-from kronfold.base.output import Lock, Output, held_within, remove
+from kronfold.base.output import Lock, Output, followed, held_within, remove
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Job:
         together: bool,
     ) -> None:
         self.kind, self.resume, self.overwrite, self.resumable, self.grows = kind, resume, overwrite, resumable, grows
-        self.inputs = [str(source) for source in inputs if source]
+        self.inputs = [str(source) for source in inputs if isinstance(source, (str, os.PathLike))]
         self.checks, self.together = list(checks), together
         self.steps: dict[str, Any] = {}
         self.damaged: list[str] = []
@@ -74,7 +74,7 @@ class Job:
         self._book: dict[str, Any] = {}
         self._lock: Lock | None = None
         self._started = time.monotonic()
-        place = Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
+        place = followed(path)
         self.work = place.with_name(place.name + ".partial") if place.name else place
         self.result = self.work / RESULT
         for source in apart:
@@ -392,10 +392,12 @@ class Job:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self._is_main() and self._lock is not None:
             worth = self.resumable and (bool(self.steps) or any(self._left()))
-            if self.finished or (error is not None and not worth):
-                with contextlib.suppress(OSError, OutputError):  # what stays is cleared away by the next job here
-                    self._clear()
-            self._let_go()
+            try:
+                if self.finished or (error is not None and not worth):
+                    with contextlib.suppress(OSError, OutputError):  # what stays is cleared away by the next job here
+                        self._clear()
+            finally:
+                self._let_go()
         if isinstance(error, Interrupted) and self.begun and self.work.exists():
             error.kept = self.work
 

@@ -56,7 +56,7 @@ class Output:
         """
         self.path, self.is_file, self.overwrite = Path(path), is_file, overwrite
         try:
-            self.place = self.path if not self.path.is_symlink() else Path(os.path.realpath(self.path))
+            self.place = followed(self.path)
             self._check_name()
             self.before = standing(self.place, closely=overwrite or continues is not None)
             self.continued = continues is not None and kind_of(self.place) == continues
@@ -71,14 +71,14 @@ class Output:
 
     def _check_name(self) -> None:
         here = Path.cwd()
-        place = self.place.resolve()
+        place = Path(os.path.realpath(self.place))
         if place == here:
             raise OutputError(
                 f"-o {self.path} is the current directory, which cannot be replaced. Name a new one inside it."
             )
         if place in here.parents:
             raise OutputError(f"-o {self.path} holds the current directory and cannot be replaced. Name another one.")
-        if self.place.is_symlink():
+        if os.path.islink(self.place):
             raise OutputError(f"-o {self.path} is a symbolic link that leads round in a circle. Name another place.")
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(self.place.with_name(f".{self.place.name}.12345678{UNFINISHED}"))  # a name too long says so here
@@ -269,12 +269,17 @@ def atomic_directory(
             lock.release()
 
 
+def followed(path: str | Path) -> Path:
+    """The path, or where it leads if it is a symbolic link."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+
+
 def held_within(place: Path, inputs: Iterable[str | Path | None]) -> str | None:
     """The first of `inputs` that is `place` or lies in it."""
-    whole = place.resolve()
+    whole = Path(os.path.realpath(place))
     for source in inputs:
-        if source and os.path.lexists(source):
-            path = Path(source).resolve()
+        if isinstance(source, (str, os.PathLike)) and source and os.path.lexists(source):
+            path = Path(os.path.realpath(source))
             if path == whole or whole in path.parents:
                 return str(source)
     return None
@@ -302,7 +307,7 @@ def _is_mount(place: Path) -> bool:
     except OSError:
         return False
     points = (re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[4]) for line in lines)
-    return str(place.resolve()) in points
+    return os.path.realpath(place) in points
 
 
 def _move(source: Path, target: Path) -> None:
