@@ -38,7 +38,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 from transformers.utils import logging
 
 from kronfold.base.errors import InputError, KronfoldError, OutputError
-from kronfold.base.files import check_output, write_json
+from kronfold.base.files import write_json
+from kronfold.base.output import check_output
 from kronfold.base.results import document, machine
 from kronfold.structures.rates import rates_path
 

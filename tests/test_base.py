@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kronfold.base import files
+from kronfold.base import files, output
 from kronfold.base.errors import InputError, OutputError, suggest
 from kronfold.base.registry import Registry
 from kronfold.structures.spec import divisors
@@ -38,19 +38,19 @@ def test_divisors_by_hand():
 
 def test_atomic_directory_keeps_the_old_when_writing_fails(tmp_path: Path):
     target = tmp_path / "out"
-    with files.atomic_directory(target) as place:
+    with output.atomic_directory(target) as place:
         (place / "a").write_text("old")
-    with pytest.raises(OutputError, match="exists already.*--overwrite"), files.atomic_directory(target):
+    with pytest.raises(OutputError, match="exists already.*--overwrite"), output.atomic_directory(target):
         pass
     with pytest.raises(OutputError, match="No space left.*unchanged"):
-        with files.atomic_directory(target, overwrite=True) as place:
+        with output.atomic_directory(target, overwrite=True) as place:
             (place / "a").write_text("new")
             raise OSError(errno.ENOSPC, "No space left on device")
     assert (target / "a").read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
-    with files.atomic_directory(target, overwrite=True) as place:
+    with output.atomic_directory(target, overwrite=True) as place:
         (place / "b").write_text("new")
-    assert [entry.name for entry in target.iterdir()] == ["b"]
+    assert {entry.name for entry in target.iterdir()} == {"b", ".kronfold.json"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
@@ -71,9 +71,9 @@ def test_write_text_keeps_the_old_when_the_disk_is_full(tmp_path: Path, monkeypa
 def test_check_output_refuses_what_cannot_become_a_directory(tmp_path: Path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is a file"):
-        files.check_output(tmp_path / "file" / "out")
+        output.check_output(tmp_path / "file" / "out")
     (tmp_path / "empty").mkdir()
-    assert files.check_output(tmp_path / "empty") == tmp_path / "empty"
+    assert output.check_output(tmp_path / "empty") == tmp_path / "empty"
 
 
 def test_check_output_refuses_a_place_it_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -81,9 +81,9 @@ def test_check_output_refuses_a_place_it_cannot_write(tmp_path: Path, monkeypatc
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(files.tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(output.tempfile, "TemporaryFile", refused)
     with pytest.raises(OutputError, match="Permission denied.*choose another|Permission denied.*Choose another"):
-        files.check_output(tmp_path / "out")
+        output.check_output(tmp_path / "out")
 
 
 def test_sha256_by_hand(tmp_path: Path):

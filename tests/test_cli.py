@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import pico
 from kronfold import __version__
+from kronfold.base.errors import CheckpointError
 from kronfold.cli import terminal
 
 
@@ -110,6 +112,89 @@ def test_heal_improves_and_reports(call, model, text, tmp_path):
     assert not (tmp_path / "healed.partial").exists()
     found = json.loads(call("eval", tmp_path / "healed", "--eval-text", text, "--json")[1])
     assert found["perplexity"] == pytest.approx(stage["after_healing"], rel=1e-5)
+
+
+def test_heal_resumes_the_same_student_and_teacher_only(call, model, text, tmp_path, monkeypatch):
+    """By their whole content: one number in the middle of one matrix is enough."""
+    from safetensors.torch import load_file, save_file
+
+    from kronfold.pipelines import healing
+
+    assert call("compress", model, "-r", "tqcompressor", "-o", tmp_path / "small")[0] == 0
+    shutil.copytree(model, tmp_path / "teacher")
+    given = ("heal", tmp_path / "small", "--teacher", tmp_path / "teacher", "--train-text", text)
+    given += ("--heal-tokens", 512, "--batch-size", 4, "-o", tmp_path / "out", "--device", "cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(healing, "write_saved", lambda *_: 1 / 0)
+        assert call(*given)[0] == 1
+    for name in ("small", "teacher"):
+        file = tmp_path / name / "model.safetensors"
+        before = file.read_bytes()
+        weights = load_file(file)
+        weights["transformer.h.1.attn.c_attn.weight"][7, 5] += 0.5
+        save_file(weights, file, {"format": "pt"})
+        code, _, err = call(*given, "--resume")
+        assert code == 2
+        assert f"other options ({'student' if name == 'small' else 'teacher'})" in " ".join(err.split())
+        file.write_bytes(before)
+    assert call(*given, "--resume")[0] == 0
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
+
+
+def test_overwrite_above_the_input_is_refused(call, model, tmp_path):
+    """0.3: `compress zoo/teacher -o zoo --overwrite` deletes the teacher and all beside it, exit 0."""
+    zoo = tmp_path / "zoo"
+    assert call("compress", model, "-r", "svd", "-o", zoo)[0] == 0
+    shutil.copytree(model, zoo / "teacher")
+    before = sorted(zoo.rglob("*"))
+    commands = {
+        "compress": (zoo / "teacher", "-r", "svd"), "export": (zoo / "teacher",),
+        "compress --stream": (zoo / "teacher", "-r", "svd"),
+    }  # fmt: skip
+    for command, arguments in commands.items():
+        code, _, err = call(*command.split(), *arguments, "-o", zoo, "--overwrite")
+        assert code == 2
+        assert "did not write: teacher/config.json" in " ".join(err.split())
+        code, _, err = call(*command.split(), *arguments, "-o", zoo / "teacher", "--overwrite")
+        assert code == 2
+        assert sorted(zoo.rglob("*")) == before
+
+
+def test_inspect_verifies(call, model, tmp_path):
+    from safetensors.torch import load_file
+
+    small = tmp_path / "small"
+    assert call("compress", model, "-r", "tqcompressor", "-o", small)[0] == 0
+    code, out, _ = call("inspect", small, "--verify", "--json")
+    assert code == 0
+    found = json.loads(out)["verified"]
+    assert (found["files"], found["unlisted"]) == (len(list(small.iterdir())) - 1, [])
+    assert "verified: " in call("inspect", small, "--verify")[1]
+    content = bytearray((small / "model.safetensors").read_bytes())
+    factor = next(value for value in load_file(small / "model.safetensors").values() if value.is_floating_point())
+    content[content.find(factor.numpy().tobytes())] ^= 1
+    (small / "model.safetensors").write_bytes(content)
+    assert call("inspect", small)[0] == 0  # a number like any other
+    code, out, err = call("inspect", small, "--verify", "--json")
+    assert (code, out) == (2, "")
+    assert "model.safetensors has the right size and another content" in " ".join(err.split())
+    code, _, err = call("inspect", model, "--verify")
+    assert (code, "results of version 0.3 and of other tools have none" in " ".join(err.split())) == (2, True)
+
+
+def test_a_gather_that_is_no_permutation_is_refused(call, model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    small = tmp_path / "small"
+    assert call("compress", model, "-r", "tqcompressor", "-o", small)[0] == 0
+    weights = load_file(small / "model.safetensors")
+    name = next(name for name, value in weights.items() if value.dtype == torch.int32)
+    for wrong in (int(weights[name][1]), -1, len(weights[name])):
+        save_file({**weights, name: weights[name].index_fill(0, torch.tensor([0]), wrong)}, small / "model.safetensors")
+        with pytest.raises(CheckpointError, match=f"{name} of the checkpoint is no permutation of 0 to"):
+            AutoModelForCausalLM.from_pretrained(small)
+        code, _, err = call("export", small, "-o", tmp_path / "plain")
+        assert (code, "is no permutation" in " ".join(err.split())) == (2, True)
 
 
 def test_compare_and_report(call, model, text, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import kronfold.data.clean as clean_room
 from kronfold.base.errors import CheckpointError, DataError, InputError, OutputError, RecipeError
 from kronfold.data import clean_settings
 from kronfold.data.clean import clean
@@ -151,7 +152,7 @@ def test_two_workers_and_a_resumed_run_give_the_same_bytes(tmp_path, monkeypatch
     assert not (tmp_path / "three").exists()
     with pytest.raises(OutputError, match="unfinished run"):
         clean(source, tmp_path / "three", **chosen)
-    with pytest.raises(CheckpointError, match="other filters"):
+    with pytest.raises(CheckpointError, match=r"other options \(filters\)"):
         clean(source, tmp_path / "three", resume=True, **{**chosen, "filters": ["exact"]})
     resumed = clean(source, tmp_path / "three", resume=True, **chosen)
     assert resumed["output"] == one["output"]
@@ -308,6 +309,61 @@ def test_output_taken_source_missing_and_nothing_left(tmp_path):
         clean(source, tmp_path / "out", filters=["quality"])
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("*.partial"))
+
+
+def cut_off(source, output, monkeypatch, **chosen):
+    """A cleaning that stopped in its last stage."""
+    from datatrove.executor.local import LocalPipelineExecutor
+
+    real = LocalPipelineExecutor._run_for_rank
+
+    def fails(self, rank, *rest):
+        if "exact-drop" in str(self.logging_dir.path):
+            raise RuntimeError("cut off")
+        return real(self, rank, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="cut off"):
+        patch.setattr(LocalPipelineExecutor, "_run_for_rank", fails)
+        clean(source, output, **chosen)
+
+
+@pytest.mark.parametrize("lost", ["shards/00000.parquet", "kept-0/00000.parquet"])
+def test_a_damaged_intermediate_file_is_made_again(tmp_path, monkeypatch, lost):
+    source = write(tmp_path / "web.jsonl", dirty())
+    chosen = {"filters": ["html", "exact"], "shard_megabytes": 0.004}
+    whole = clean(source, tmp_path / "whole", **chosen)
+    cut_off(source, tmp_path / "out", monkeypatch, **chosen)
+    torn = tmp_path / "out.partial" / lost
+    content = torn.read_bytes()
+    torn.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
+    assert clean(source, tmp_path / "out", resume=True, **chosen)["output"] == whole["output"]
+
+
+def test_counts_that_do_not_add_up_to_the_files_are_refused(tmp_path, monkeypatch):
+    source = write(tmp_path / "web.jsonl", dirty())
+    chosen = {"filters": ["html", "exact"], "shard_megabytes": 0.004}
+    real = clean_room._filters
+
+    def miscounts(*arguments):
+        found = real(*arguments)
+        found[-1]["documents_out"] += 1
+        return found
+
+    monkeypatch.setattr(clean_room, "_filters", miscounts)
+    with pytest.raises(CheckpointError, match="its shards hold 1. documents and its counts say"):
+        clean(source, tmp_path / "out", **chosen)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_text_of_the_same_name_is_not_resumed(tmp_path, monkeypatch):
+    source = write(tmp_path / "web.jsonl", dirty())
+    chosen = {"filters": ["html", "exact"], "shard_megabytes": 0.004}
+    cut_off(source, tmp_path / "out", monkeypatch, **chosen)
+    write(source, [text.replace("a", "e", 1) for text in dirty()])
+    with pytest.raises(CheckpointError, match=r"other options \(content\)"):
+        clean(source, tmp_path / "out", resume=True, **chosen)
+    with pytest.raises(OutputError, match="lies in .* read as a whole"):
+        clean(tmp_path, tmp_path / "cleaned", **chosen)
 
 
 def test_slurm_gets_a_chain_of_arrays_and_resume_collects(tmp_path, monkeypatch):

@@ -144,9 +144,33 @@ def test_the_cache_is_used_and_a_damaged_entry_replaced(tmp_path):
     assert plan() == first
     assert not seen
     entry = next((tmp_path / "calibration").iterdir())
+    flipped = (entry / "moments.safetensors").read_bytes()
     (entry / "statistics.json").write_text("{")
     assert plan() == first
     assert any(what.startswith("calibrate") for what in seen)
+    middle = len(flipped) // 2
+    (entry / "moments.safetensors").write_bytes(flipped[:middle] + bytes([flipped[middle] ^ 1]) + flipped[middle + 1 :])
+    assert plan() == first
+    assert any(what.startswith("calibrate") for what in seen)
+    for curves in entry.glob("curves-*"):
+        content = curves.read_bytes()
+        curves.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        assert plan() == first
+        assert seen  # the curves are made anew, the calibration is not
+        assert not any(what.startswith("calibrate") for what in seen)
+    assert plan() == first
+    assert not seen
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, caplog):
+    """0.3: an internal error after all the calibration."""
+    model = pico.gpt2()
+    (tmp_path / "cache").write_text("a file where the directory should be")
+    arguments = (model, "auto", windows(model))
+    expected = kf.plan(*arguments, budget=Budget.parse(ratio=0.7)).to_dict()["rows"]
+    found = kf.plan(*arguments, budget=Budget.parse(ratio=0.7), cache=tmp_path / "cache")
+    assert found.to_dict()["rows"] == expected
+    assert "The calibration is not kept for the next time" in caplog.text
 
 
 @pytest.fixture

@@ -103,8 +103,9 @@ def test_a_stopped_comparison_goes_on_and_grows(finished, options, tmp_path, mon
 
     with pytest.raises(Stop):
         compare(replace(options, recipes=options.recipes[:1]), place, finish=stop)
-    assert json.loads((place / "results.json").read_text())["rows"][0]["recipe"] == "tqcompressor"
-    with pytest.raises(OutputError, match="exists"):
+    so_far = json.loads((tmp_path / "out.partial" / "result" / "results.json").read_text())
+    assert so_far["rows"][0]["recipe"] == "tqcompressor"
+    with pytest.raises(OutputError, match="unfinished run.*--resume"):
         compare(options, place)
     carried_out = []
     stages = room.run_stages

@@ -67,7 +67,7 @@ def test_the_checkpoint_is_what_was_measured(finished, options):
     assert document["perplexity"] == pytest.approx(document["stages"][-1]["after_healing"], rel=1e-6)
     names = {path.name for path in place.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "results.json", "plan.json"} <= names
-    assert not {"stages", "plain", "steps.json"} & names
+    assert not {"stages", "plain", "job.json", "lock"} & names
     assert not place.with_name("result.partial").exists()
 
 
@@ -93,7 +93,7 @@ def test_a_stopped_run_goes_on_and_ends_alike(finished, options, tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         run(options, place)
     assert not place.exists()
-    with pytest.raises(InputError, match="unfinished run.*--resume"):
+    with pytest.raises(OutputError, match="unfinished run.*--resume"):
         run(options, place)
     with pytest.raises(InputError, match="other options \\(seed\\)"):
         run(RunOptions(**{**vars(options), "seed": 1}), place, resume=True)

@@ -253,7 +253,7 @@ def test_killed_and_resumed(source, recipe, tmp_path, monkeypatch, name, compres
             compress_streaming(*arguments)
     partial = tmp_path / "out.partial"
     assert not (tmp_path / "out").exists()
-    shards = sorted(partial.glob("*.safetensors"))
+    shards = sorted((partial / "result").glob("*.safetensors"))
     assert [shard.name[:11] for shard in shards] == [f"model-0000{i}" for i in range(1, last)]
     with pytest.raises(KronfoldError, match="unfinished run.*--resume"):
         compress_streaming(*arguments)
@@ -265,7 +265,7 @@ def test_killed_and_resumed(source, recipe, tmp_path, monkeypatch, name, compres
     assert {re.search(r"h\.(\d)", key)[1] for key in meter.names} == set(again)
     same(tmp_path / "whole", tmp_path / "out")
     assert not partial.exists()
-    assert not (tmp_path / "out" / "steps.json").exists()
+    assert not {path.name for path in (tmp_path / "out").iterdir()} & {"job.json", "lock"}
     with pytest.raises(KronfoldError, match="nothing to resume"):
         compress_streaming(*arguments, resume=True, overwrite=True)
 
@@ -336,7 +336,7 @@ def test_a_weight_that_cannot_be_fitted_leaves_what_is_done(source, tmp_path):
     save_file(held, copy / "model.safetensors")
     with pytest.raises(KronfoldError, match="transformer.h.3.mlp.c_fc"):
         compress_streaming(str(copy), tmp_path / "out", "kngpt2")
-    assert len(list((tmp_path / "out.partial").glob("*.safetensors"))) == 4
+    assert len(list((tmp_path / "out.partial" / "result").glob("*.safetensors"))) == 4
     assert not (tmp_path / "out").exists()
 
 

@@ -118,20 +118,27 @@ def test_a_killed_run_resumes_to_the_same_weights(trained, text: Path, tmp_path:
 
 def test_an_existing_output_stays_until_the_new_one_is_complete(text: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("old")
+    (tmp_path / "out" / "precious").write_text("mine")
     config = config_file(tmp_path, settings(text, steps=1))
     with pytest.raises(OutputError, match="exists already"):
         pretrain(config, tmp_path / "out")
+    with pytest.raises(OutputError, match="not a result of kronfold's"):
+        pretrain(config, tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "results.json").write_text('{"schema": "kronfold/pretrain"}')
+    with pytest.raises(OutputError, match="did not write: precious"):
+        pretrain(config, tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "precious").rename(tmp_path / "precious")
+    (tmp_path / "out" / "README.md").write_text("old")
     with pytest.raises(DataError, match="The validation split, 0 documents, is too small"):
         pretrain(
             load_pretrain_config(config).model_copy(update={"data": _all_held(text)}), tmp_path / "out", overwrite=True
         )
     with pytest.raises(DataError, match="less than one batch of 5000"):
         pretrain(config_file(tmp_path, settings(text, batch_size=5000)), tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "precious").read_text() == "old"
+    assert (tmp_path / "out" / "README.md").read_text() == "old"
     pretrain(config_file(tmp_path, settings(text, steps=1, keep="last")), tmp_path / "out", overwrite=True)
     assert "weights of step 1, the last" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert not (tmp_path / "out" / "precious").exists()
+    assert (tmp_path / "precious").read_text() == "mine"
 
 
 def _all_held(text: Path) -> Any:

@@ -109,7 +109,11 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, killed_at):
     student = gpt2(0)
     with pytest.raises(Stop):
         heal(student, teacher, data, output_dir=tmp_path, callbacks=[KillAfter(killed_at)], **options)
-    student = gpt2(5)  # its weights come from the checkpoint
+    with pytest.raises(CheckpointError, match="student was"):
+        heal(gpt2(5), teacher, data, output_dir=tmp_path, resume=True, **options)
+    with pytest.raises(CheckpointError, match="teacher was"):
+        heal(gpt2(0), gpt2(5), data, output_dir=tmp_path, resume=True, **options)
+    student = gpt2(0)  # its weights come from the checkpoint
     found = heal(student, teacher, data, output_dir=tmp_path, resume=True, **options)
     assert found.resumed_from == killed_at - killed_at % 2
     assert (found.steps, found.tokens) == (true.steps, true.tokens)
@@ -120,24 +124,31 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, killed_at):
         (e["step"], e["loss"], e["kl"]) for e in true.losses
     ]
 
-    again = gpt2(5)
+    again = gpt2(0)
     done = heal(again, teacher, data, output_dir=tmp_path, resume=True, **options)
     assert (done.steps, done.resumed_from, done.tokens_per_second) == (10, 10, 0)
     torch.testing.assert_close(weights(again), weights(whole), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("damaged", ["trainer_state.json", "model.safetensors", "optimizer.pt", "rng_state.pth"])
+@pytest.mark.parametrize(
+    "damaged", ["trainer_state.json", "model.safetensors", "optimizer.pt", "rng_state.pth", "files.json"]
+)
 def test_a_damaged_newest_checkpoint_is_passed_by(tmp_path, damaged, caplog):
     teacher, data = gpt2(1), Blocks(10)
     options = {"steps": 6, "batch_size": 2, "bf16": False, "save_steps": 2}
     whole = gpt2(0)
     heal(whole, teacher, data, output_dir=tmp_path, **options)
     torn = tmp_path / "checkpoint-6" / damaged
+    content = torn.read_bytes()
     if damaged == "trainer_state.json":
-        torn.unlink()  # it is written last, so a killed run lacks it
+        torn.unlink()
+    elif damaged == "optimizer.pt":  # one flipped bit, which every reader would take for a number
+        torn.write_bytes(
+            content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
+        )
     else:
-        torn.write_bytes(torn.read_bytes()[:-100])
-    student = gpt2(5)
+        torn.write_bytes(content[:-100])
+    student = gpt2(0)
     result = heal(student, teacher, data, output_dir=tmp_path, resume=True, **options)
     assert result.resumed_from == 4
     assert "checkpoint-6 is not whole" in caplog.text
@@ -158,7 +169,7 @@ def test_a_full_disk_says_so_and_keeps_the_earlier_checkpoint(tmp_path, monkeypa
     with pytest.raises(OutputError, match="Could not write a checkpoint.*No space left on device"):
         heal(gpt2(0), teacher, data, output_dir=tmp_path, **options)
     monkeypatch.undo()
-    student = gpt2(5)
+    student = gpt2(0)
     assert heal(student, teacher, data, output_dir=tmp_path, resume=True, **options).resumed_from == 2
     torch.testing.assert_close(weights(student), weights(whole), rtol=0, atol=0)
 

@@ -55,7 +55,7 @@ def main(place: Path) -> None:
     facts = {name: trained(job) for name, job in healings().items()}
     run = {"output_dir": place / "run", "save_steps": 2}
     jobs.refusal(lambda: trained(resumable(), **run, callbacks=[jobs.KillAfter(5)]))
-    facts["resumed"] = trained({**resumable(), "student": sharded_jobs.factorized(9)}, **run, resume=True)
+    facts["resumed"] = trained(resumable(), **run, resume=True)
     wider = {"student": gpt2(0), "teacher": gpt2(1, width=24), "objective": jobs.WIDER}
     facts["refused"] = jobs.refusal(lambda: trained({**resumable(), **wider}))
     file = place / "other.json"

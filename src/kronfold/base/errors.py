@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class KronfoldError(Exception):
@@ -67,3 +68,16 @@ def suggest(name: str, allowed: Iterable[str], limit: int = 12) -> str:
     start = f"Did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
     shown = ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")
     return f"{start}Allowed: {shown}."
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM, as the command line hears them; no error, so nothing that handles errors stops it.
+
+    Attributes:
+        signal: its number. kept: the directory of what is done so far, None when there is nothing to go on from.
+    """
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
+        self.kept: Path | None = None

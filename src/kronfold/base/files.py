@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import re
-import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,42 +22,6 @@ def _explain(path: Path, error: OSError) -> OutputError:
         f"Could not write {path}: {error.strerror or error}. What was there before is unchanged. "
         "Free some space, fix the permissions, or choose another place with -o/--output."
     )
-
-
-def check_output(path: str | Path, overwrite: bool = False, allow_existing: bool = False) -> Path:
-    """Refuse early: the output may not exist yet (unless `overwrite` or `allow_existing`) and must be writable.
-
-    Returns the path. An empty directory counts as not existing. Raises OutputError.
-    """
-    path = Path(path)
-    if path.resolve() == Path.cwd():
-        raise OutputError(f"-o {path} is the current directory, which cannot be replaced. Name a new one inside it.")
-    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-    if taken and not (overwrite or allow_existing):
-        raise OutputError(f"{path} exists already. Choose another -o/--output, or pass --overwrite to replace it.")
-    parent = path if path.is_dir() else path.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise OutputError(f"Cannot write to {path}: {parent} is a file, not a directory. Choose another -o/--output.")
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"Cannot write to {path}: {error.strerror} in {parent}. Choose another -o/--output or fix the permissions."
-        ) from error
-    return path
-
-
-def work_directory(output: str | Path, resume: bool, overwrite: bool) -> Path:
-    """`<output>.partial`, emptied unless the job there is to be resumed. Raises OutputError when one lies there."""
-    work = Path(output).with_name(Path(output).name + ".partial")
-    if work.is_dir() and any(work.iterdir()) and not resume:
-        if not overwrite:
-            raise OutputError(f"An unfinished job lies in {work}. Continue it with --resume, or pass --overwrite.")
-        shutil.rmtree(work)
-    return work
 
 
 @contextlib.contextmanager
@@ -78,58 +42,55 @@ def explain_write_errors(path: str | Path) -> Iterator[None]:
         raise _explain(Path(path), OSError(int(code[1]), os.strerror(int(code[1])))) from error
 
 
-@contextlib.contextmanager
-def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary directory beside `path`; on success it takes the name `path`, on failure it vanishes.
-
-    With `overwrite` an old directory is moved aside first and deleted only after the new one is in place.
-    Raises OutputError when the place is taken or cannot be written.
-    """
-    path = check_output(path, overwrite)
-    with explain_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            yield scratch
-            scratch.chmod(0o755)
-            swap_directory(scratch, path)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def swap_directory(scratch: Path, path: Path) -> None:
-    """Let `scratch` take the name `path`; what stood there is deleted only after that. Raises OSError."""
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    if path.exists():
-        path.rename(old)
-    try:
-        scratch.rename(path)
-    except OSError:
-        if old.exists():
-            old.rename(path)
-        raise
-    if old.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        old.unlink(missing_ok=True)
-
-
 UNFINISHED = ".tmp"  # ends the names of files that a killed `atomic_file` leaves behind
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when the block ends, and is gone when it fails. Raises OSError."""
+    """A file to write that takes the place of `path` when the block ends, and is gone when it fails. Raises OSError.
+
+    Its content is on the disk before its name is: after a power failure there is the old file or the new one.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def sync(path: str | Path) -> None:
+    """Have the disk keep a file, or the names in a directory. A file system that knows no such order is let be."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
+            raise
+    finally:
+        os.close(handle)
+
+
+def files_below(place: str | Path) -> list[str]:
+    """Names of everything below a directory that is no directory itself, relative to it, sorted, `/` between parts.
+
+    Links are named, and not followed. Raises OSError.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = []
+    for folder, folders, names in os.walk(place, onerror=fail):
+        linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        found += [os.path.relpath(os.path.join(folder, name), place).replace(os.sep, "/") for name in names + linked]
+    return sorted(found)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -179,3 +140,31 @@ def sha256_of_source(source: str | Path) -> str:
     path = Path(source)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return sha256_of(*(file for file in files if file.is_file()))
+
+
+def sha256_of_content(
+    source: str | Path | None, known: dict[str, Any] | None = None, without: Iterable[Path] = ()
+) -> str | None:
+    """One hash over all that a file or directory holds, names included; None for what is not on this machine.
+
+    Args:
+        known: what was hashed before, by path, with size, time and inode of then; equal ones are not read again, and
+            new ones are added.
+        without: directories whose content does not count.
+    """
+    if source is None or not os.path.exists(source):
+        return None
+    path, known = Path(source), {} if known is None else known
+    left_out = [Path(os.path.realpath(place)) for place in without]
+    found = []
+    for name in files_below(path) if path.is_dir() else [""]:
+        file = Path(os.path.abspath(path / name if name else path))
+        if not file.is_file() or any(place in Path(os.path.realpath(file)).parents for place in left_out):
+            continue
+        stat = file.stat()
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        entry = known.get(str(file))
+        if entry is None or entry[:3] != state:
+            entry = known[str(file)] = [*state, sha256_of(file)]
+        found.append([name, entry[3]])
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()

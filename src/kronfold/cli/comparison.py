@@ -53,9 +53,9 @@ def compare(
 ) -> None:
     """Bring every recipe to one size, heal all on the same tokens, measure them beside the dense controls.
 
-    The directory is the comparison: rows stand in it as they are done, --resume goes on and may add recipes.
+    Rows stand in OUTPUT.partial/result as they are done; --resume goes on there, and may add recipes to a finished one.
     """
-    from kronfold.base.files import check_output
+    from kronfold.base.output import check_output
 
     check_output(output, overwrite, allow_existing=resume)
     from kronfold.base.cache import cache_directory
@@ -102,16 +102,16 @@ def report(
     json: t.Json = False,
 ) -> None:
     """Draw the HTML page of a result file anew."""
-    from kronfold.base.files import check_output, write_text
+    from kronfold.base.output import Output
     from kronfold.base.results import read
     from kronfold.report.comparison import comparison_table
     from kronfold.report.page import render, render_comparison
     from kronfold.report.tables import run_summary
 
-    check_output(output, overwrite)
+    page = Output(output, overwrite=overwrite, inputs=[results], is_file=True)
     document = read(results, "run", "compare")
     compared = document["schema"] == "kronfold/compare"
-    write_text(output, render_comparison(document) if compared else render(document))
+    page.write(render_comparison(document) if compared else render(document))
     shown: Any = comparison_table(document) if compared else run_summary(document)
     t.emit(document, json, shown)
     t.say(f"The page is {output}")

@@ -100,7 +100,7 @@ def plan(
     from transformers import PretrainedConfig
 
     from kronfold.base.cache import cache_directory
-    from kronfold.base.files import check_output, write_json
+    from kronfold.base.output import Output
     from kronfold.models.load import load_config, load_model
     from kronfold.models.recognised import recognised
     from kronfold.pipelines.checkpoint import make_plan
@@ -109,8 +109,8 @@ def plan(
     from kronfold.report.plans import plan_table, training_table
 
     t.prepare(seed=seed)
-    if output:
-        check_output(output, overwrite)
+    reads = [model, recipe, *(calibration or [])]
+    target = Output(output, overwrite=overwrite, inputs=reads, is_file=True) if output else None
     source = t.resolve_model(model)
     budget = t.budget(target_params, target_ratio, target_macs, target_bytes)
     changes = t.planner_changes(calibration_windows, structures)
@@ -138,8 +138,8 @@ def plan(
     if parts.generic:
         document["recognised"] = parts.to_dict()
         tables.append(parts.lines())
-    if output:
-        write_json(output, document)
+    if target:
+        target.write_json(document)
     t.emit(document, json, *tables)
 
 
@@ -368,9 +368,9 @@ def _run(
     json: bool,
 ) -> None:
     from kronfold.base import processes
-    from kronfold.base.files import check_output
+    from kronfold.base.output import check_output
 
-    if processes.is_main():
+    if processes.is_main() and not resume:
         check_output(output, overwrite)
     from kronfold.models.load import read_dtype
     from kronfold.pipelines.progressive import RunOptions

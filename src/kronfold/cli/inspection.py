@@ -65,7 +65,7 @@ def evaluate(
     """Perplexity of a model on a text, by a named protocol; or a suite of measurements; or tasks of lm-eval."""
     from kronfold.base import processes
     from kronfold.base.errors import InputError
-    from kronfold.base.files import check_output, write_json
+    from kronfold.base.output import Output
     from kronfold.evaluate.texts import ROWS, named_texts
     from kronfold.pipelines import evaluation
     from kronfold.report.tables import suite_table, task_table
@@ -79,8 +79,10 @@ def evaluate(
         given = f"{len(texts)} texts" if texts else "no text"
         raise InputError(f"eval was given {given}. Give one --eval-text, or several with --suite lm --lambada PATH.")
     device = t.prepare(device, 0)
-    if output:
-        processes.on_main(lambda: check_output(output, overwrite))
+    reads = [model, tokenizer, lambada, task_files, *texts]
+    target = processes.on_main(
+        lambda: Output(output, overwrite=overwrite, inputs=reads, is_file=True) if output else None
+    )
     source = t.resolve_model(model)
     options: dict[str, Any] = {"batch_size": batch_size, "tokenizer": tokenizer, "device": device, "dtype": dtype}
     options["name"] = model
@@ -100,8 +102,8 @@ def evaluate(
         else:
             document = evaluation.evaluate_text(source, texts[0], report=report, **measured, **options)
             shown = _eval_lines(document)
-    if output:
-        processes.on_main(lambda: write_json(output, document))
+    if target:
+        processes.on_main(lambda: target.write_json(document))
     t.emit(document, json, shown)
 
 
@@ -129,11 +131,24 @@ def _read_line(read: dict[str, Any]) -> str:
     return ", ".join([*said, f"sha256 {read['sha256'][:12]}"])
 
 
-def inspect(model: t.Model, json: t.Json = False) -> None:
+def inspect(
+    model: t.Model,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Check every file against the hash it was written with; any result directory, also an unfinished one.",
+        ),
+    ] = False,
+    json: t.Json = False,
+) -> None:
     """What a checkpoint holds: structures by module, sizes, multiply-accumulates, where it came from."""
+    from pathlib import Path
+
     from rich.table import Table
 
     from kronfold.base import results
+    from kronfold.base.marker import verified
     from kronfold.models.cost import cost
     from kronfold.models.load import load_config, load_model
     from kronfold.models.place import read_specs
@@ -142,8 +157,13 @@ def inspect(model: t.Model, json: t.Json = False) -> None:
     from kronfold.planner.planning import skeleton_of
     from kronfold.report.tables import gathers_line
 
-    t.prepare()
     source = t.resolve_model(model)
+    checked = {"verified": verified(source)} if verify else {}
+    whole = [_verified_line(checked["verified"])] if verify else []
+    if verify and not (Path(source) / "config.json").exists():
+        t.emit(results.document("inspect", None, model=model, **checked), json, *whole)
+        return
+    t.prepare()
     subject = skeleton_of(load_config(source)) if source.startswith("config:") else load_model(source, dtype="auto")
     specs = read_specs(subject)
     parts = recognised(subject)
@@ -157,6 +177,7 @@ def inspect(model: t.Model, json: t.Json = False) -> None:
         gathers=gathers_of(subject),
         modules=specs,
         recognised=parts.to_dict(),
+        **checked,
     )
     table = Table("module", "structure", "spec", title=f"{model}: {len(specs)} structured modules")
     for name, spec in specs.items():
@@ -169,7 +190,12 @@ def inspect(model: t.Model, json: t.Json = False) -> None:
     )
     shown = [table] if specs else ["No structured modules: a dense model."]
     gathers = [gathers_line(document["gathers"])] if specs else []
-    t.emit(document, json, *shown, sizes, *gathers, *([parts.lines()] if parts.generic else []))
+    t.emit(document, json, *shown, sizes, *gathers, *([parts.lines()] if parts.generic else []), *whole)
+
+
+def _verified_line(found: dict[str, Any]) -> str:
+    more = f"; {len(found['unlisted'])} files beside them have no hash" if found["unlisted"] else ""
+    return f"verified: {found['files']:,} files, {found['bytes']:,} bytes, all as they were written{more}"
 
 
 def validate(

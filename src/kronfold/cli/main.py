@@ -14,9 +14,9 @@ import typer
 
 from kronfold import __version__
 from kronfold.base import processes
-from kronfold.base.errors import InputError, KronfoldError
+from kronfold.base.errors import InputError, Interrupted, KronfoldError
 from kronfold.cli import comparison, compression, conversion, finetuning, inspection, preparation
-from kronfold.cli.terminal import err
+from kronfold.cli.terminal import err, interrupted_line, interruptible
 
 app = typer.Typer(
     name="kronfold",
@@ -64,7 +64,8 @@ def _no_news(record: logging.LogRecord) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. Exit codes: 0 done, 2 something given cannot be used, 1 a fault of kronfold's own.
+    """Run the command line. Exit codes: 0 done, 2 something given cannot be used, 1 a fault of kronfold's own,
+    130 after Ctrl-C, 143 after SIGTERM.
 
     Of several processes only the main one prints; of an error, only the process that met it first.
     """
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("DeepSpeed").addFilter(_no_news)
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        with _silent_unless_main(debug):
+        with _silent_unless_main(debug), interruptible():
             app(arguments)  # ends in SystemExit: 0 when done, 2 for words it does not understand
         return
     except SystemExit as end:
@@ -82,6 +83,12 @@ def main(arguments: list[str] | None = None) -> None:
         elif not processes.is_main():
             processes.hold_on()  # the main process met the same, and says so
         raise
+    except Interrupted as stop:
+        if debug:
+            traceback.print_exc()
+        if processes.is_main():
+            err.print(interrupted_line(stop, arguments), highlight=False, markup=False, soft_wrap=True)
+        sys.exit(128 + stop.signal)
     except KronfoldError as error:
         text, code = f"Error: {error}", error.exit_code
         if debug:

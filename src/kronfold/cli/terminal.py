@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +24,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
+from kronfold.base import processes
+from kronfold.base.errors import Interrupted
 from kronfold.base.progress import Progress, State
 from kronfold.report import numbers
 
@@ -261,13 +266,46 @@ def named_values(pairs: list[str] | None, option: str) -> dict[str, Any]:
     return found
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C and SIGTERM become `Interrupted`, once; a second one ends the process at once, and loses nothing more."""
+
+    def stop(number: int, _frame: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        raise Interrupted(number)
+
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    if threading.current_thread() is not threading.main_thread():
+        heard = []
+    before = {number: signal.getsignal(number) for number in heard}
+    try:
+        for number in heard:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def interrupted_line(stop: Interrupted, arguments: Sequence[str]) -> str:
+    """What is kept of a command that was ended from outside, and how to go on."""
+    what = "Interrupted" if stop.signal == signal.SIGINT else f"Ended by {signal.Signals(stop.signal).name}"
+    if stop.kept is None:
+        return f"{what}. Nothing is kept of this command; what was there before it is unchanged."
+    again = [argument for argument in arguments if argument != "--resume"]
+    command = shlex.join(["kronfold", *again, "--resume"])
+    if processes.count() > 1:
+        command += " (under the same launcher)"
+    return f"{what}. What is done so far is kept in {stop.kept}; go on with: {command}"
+
+
 def prepare(device: str = "cpu", seed: int | None = None) -> str:
     """Quieten the libraries, set the seed, and resolve the device. Raises InputError for one that is not there."""
     import torch
     from transformers import set_seed
     from transformers.utils import logging
 
-    from kronfold.base import processes
     from kronfold.base.errors import InputError
 
     logging.set_verbosity_error()

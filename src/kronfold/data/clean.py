@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from kronfold.base import results
-from kronfold.base.errors import CheckpointError, DataError, OutputError
-from kronfold.base.files import check_output, explain_write_errors, swap_directory, write_json
+from kronfold.base.errors import CheckpointError, DataError
+from kronfold.base.files import explain_write_errors
+from kronfold.base.job import Job
 from kronfold.data.clean_settings import DUPLICATES, FILTERS, CleanSettings, load_settings
 from kronfold.data.clean_stages import make_stages
 from kronfold.data.executors import check_executor, run_stages
-from kronfold.data.shards import DONE, described, spool
+from kronfold.data.shards import described, spool
 from kronfold.data.sources import documents
 
 Progress = Callable[[str, int, int], None]
@@ -45,66 +46,63 @@ def clean(
     """
     chosen = load_settings(settings, **changes)
     check_executor(chosen)
-    output = check_output(output, overwrite)
-    partial = _prepare(output.with_name(output.name + ".partial"), source, chosen, resume, overwrite)
-    started = time.perf_counter()
-    with explain_write_errors(output):
-        found = _read(source, partial, chosen, report)
-        stages = make_stages(partial, chosen, found["shards"])
-        if not run_stages(stages, chosen, partial / "logs", report):
-            return {"schema": "kronfold/clean", "submitted": True, "partial": str(partial), "tasks": _tasks(stages)}
-        filters = _filters(partial, chosen, found)
-        result = partial / "output"
-        if filters[-1]["documents_out"] == 0:
-            shutil.rmtree(partial)
-            raise DataError(_nothing_left(source, filters))
-        document = _manifest(source, result, chosen, found, filters, time.perf_counter() - started)
-        write_json(result / "manifest.json", document)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        swap_directory(result, output)
-        shutil.rmtree(partial, ignore_errors=True)
+    inputs = [source, settings if isinstance(settings, (str, Path)) else None]
+    with Job.open(output, "clean", inputs=inputs, apart=[source], resume=resume, overwrite=overwrite) as job:
+        next(documents(source, text_column=chosen.text_column))  # a source that cannot be read leaves nothing behind
+        if job.begin({"source": str(source), **chosen.shaping()}, content=source):
+            return job.document()
+        started = time.perf_counter()
+        try:
+            with explain_write_errors(output):
+                found = _read(job, source, chosen, report)
+                stages = make_stages(job.work, chosen, found["shards"])
+                if not run_stages(stages, chosen, job, report):
+                    partial = str(job.work)
+                    return {"schema": "kronfold/clean", "submitted": True, "partial": partial, "tasks": _tasks(stages)}
+                filters = _filters(job.work, chosen, found)
+                if filters[-1]["documents_out"] == 0:
+                    raise Nothing(_nothing_left(source, filters))
+                _add_up(job, filters, chosen)
+                document = _manifest(source, job.result, chosen, found, filters, time.perf_counter() - started)
+        except Nothing:
+            job.discard()
+            raise
+        job.finish(document, "manifest.json")
     return document
 
 
-def _prepare(partial: Path, source: str | Path, settings: CleanSettings, resume: bool, overwrite: bool) -> Path:
-    """The directory of the unfinished run, new or the one to continue."""
-    asked = {"source": str(source), **settings.shaping()}
-    note = partial / "settings.json"
-    if resume and note.exists():
-        before = json.loads(note.read_text(encoding="utf-8"))
-        if changed := sorted(key for key in asked if before.get(key) != asked[key]):
-            raise CheckpointError(
-                f"{partial} was begun with other {', '.join(changed)}. Give the same, or start anew with overwrite."
-            )
-        return partial
-    if partial.exists() and not (overwrite or resume):
-        raise OutputError(f"{partial} holds an unfinished run. Pass resume to continue it, or overwrite to start anew.")
-    # A source that cannot be read leaves nothing behind.
-    next(documents(source, text_column=settings.text_column, max_bad_rows=settings.max_bad_rows))
-    with explain_write_errors(partial):
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        write_json(note, asked)
-    return partial
+class Nothing(DataError):
+    """There is no text to work on, so an unfinished job would never be finished."""
 
 
-def _read(source: str | Path, partial: Path, settings: CleanSettings, report: Progress | None) -> dict[str, Any]:
-    place = partial / "shards"
-    if (place / DONE).exists():
-        found: dict[str, Any] = json.loads((place / DONE).read_text(encoding="utf-8"))
-        return found
-    shutil.rmtree(place, ignore_errors=True)
-    if report:
-        report("clean: read", 0, 1)
-    try:
-        return spool(
-            source, place, int(settings.shard_megabytes * 1e6),
-            text_column=settings.text_column, max_bad_rows=settings.max_bad_rows,
-        )  # fmt: skip
-    except DataError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+def _read(job: Job, source: str | Path, settings: CleanSettings, report: Progress | None) -> dict[str, Any]:
+    """The spooled source, as `spool` describes it."""
+    place = job.work / "shards"
+
+    def work() -> dict[str, Any]:
+        shutil.rmtree(place, ignore_errors=True)
+        if report:
+            report("clean: read", 0, 1)
+        try:
+            return spool(
+                source, place, int(settings.shard_megabytes * 1e6),
+                text_column=settings.text_column, max_bad_rows=settings.max_bad_rows,
+            )  # fmt: skip
+        except DataError as error:
+            raise Nothing(str(error)) from error
+
+    return job.step("read", work, [place])
+
+
+def _add_up(job: Job, filters: list[dict[str, Any]], settings: CleanSettings) -> None:
+    """Raise CheckpointError unless the shards hold as many documents as the counts of the last filter say."""
+    wanted = filters[-1]["documents_out"]
+    found = sum(1 for _ in documents(job.result))
+    if found != wanted:
+        raise CheckpointError(
+            f"The unfinished run in {job.work} is damaged: its shards hold {found:,} documents and its counts say "
+            f"{wanted:,}. Start anew with --overwrite."
+        )
 
 
 def _tasks(stages: Any) -> dict[str, int]:

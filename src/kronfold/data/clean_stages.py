@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kronfold.base.job import RESULT
 from kronfold.data.clean_settings import DUPLICATES, FILTERS, CleanSettings, block_class
 from kronfold.data.executors import Stage
 
 
 def make_stages(work: Path, settings: CleanSettings, shards: int) -> list[Stage]:
-    """All stages, in order. `work`/shards holds the spooled source; the last stage writes `work`/output.
+    """All stages, in order. `work`/shards holds the spooled source; the last stage writes `work`/result.
 
     Finding duplicates takes three steps in datatrove: signatures (per shard), matches (over all), removal (per shard).
     The signatures are made as a shard is written, so each comparison adds two stages (three for MinHash).
@@ -26,7 +27,7 @@ def make_stages(work: Path, settings: CleanSettings, shards: int) -> list[Stage]
         stages += comparison.find()
         blocks = [_reader(place), comparison.drop(), _count(comparison.name)]
         name = f"{comparison.name}-drop"
-    stages.append(Stage(name, [*blocks, _result(work / "output", settings)], shards))
+    stages.append(Stage(name, [*blocks, _result(work / RESULT, settings)], shards))
     return stages
 
 

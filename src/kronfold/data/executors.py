@@ -10,11 +10,13 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kronfold.base.errors import DataError, InputError, suggest
 from kronfold.base.files import write_json
+from kronfold.base.job import Job
 from kronfold.data.clean_settings import CleanSettings
 
 _CLASSES = {"local": "LocalPipelineExecutor", "slurm": "SlurmPipelineExecutor", "ray": "RayPipelineExecutor"}
@@ -81,17 +83,19 @@ def executors(stages: Sequence[Stage], settings: CleanSettings, logs: Path) -> l
     return made
 
 
-def run_stages(stages: Sequence[Stage], settings: CleanSettings, logs: Path, report: Any = None) -> bool:
+def run_stages(stages: Sequence[Stage], settings: CleanSettings, job: Job, report: Any = None) -> bool:
     """Run what is not complete yet. Returns True when all is done, False when Slurm was given jobs to do.
 
-    Local and Ray stages run one after the other, skipping tasks with datatrove's completion marker. Slurm gets all
-    stages as job arrays that wait for each other; call again when they have ended.
+    Local and Ray stages run one after the other, each a step of the job; within one, tasks with datatrove's completion
+    marker are skipped. Slurm gets all stages as job arrays that wait for each other; call again when they have ended.
     Raises DataError when jobs given to Slurm earlier are not complete.
     """
+    logs = job.work / "logs"
+    for stage in stages:  # what is done again must not look done to datatrove
+        if f"stage {stage.name}" in job.damaged:
+            shutil.rmtree(logs / stage.name, ignore_errors=True)
     missing = {stage.name: stage.missing(logs) for stage in stages}
-    if not any(missing.values()):
-        return True
-    if settings.executor == "slurm":
+    if settings.executor == "slurm" and any(missing.values()):
         note = logs / _SUBMITTED
         if note.exists():
             open_tasks = ", ".join(f"{name} {count}" for name, count in missing.items() if count)
@@ -104,18 +108,23 @@ def run_stages(stages: Sequence[Stage], settings: CleanSettings, logs: Path, rep
             chain[-1].run()  # launches those it depends on first
         write_json(note, {"executor": "slurm", "missing": missing})
         return False
-    if settings.workers > 1:
+    if settings.workers > 1 and any(missing.values()):
         _preload()
     for done, (stage, executor) in enumerate(zip(stages, executors(stages, settings, logs), strict=True)):
         if report:
             report(f"clean: {stage.name}", done, len(stages))
-        if missing[stage.name]:
-            executor.depends = None  # the stages before are complete: they ran in this loop
-            with _quiet():
-                executor.run()
-            if left := stage.missing(logs):
-                raise DataError(f"Stage {stage.name}: {left} of {stage.tasks} tasks failed. Look into {logs}, resume.")
+        job.step(f"stage {stage.name}", partial(_run, stage, executor, logs), job.unlisted())
     return True
+
+
+def _run(stage: Stage, executor: Any, logs: Path) -> None:
+    """Run what is missing of one stage; the stages before are complete."""
+    if stage.missing(logs):
+        executor.depends = None
+        with _quiet():
+            executor.run()
+    if left := stage.missing(logs):
+        raise DataError(f"Stage {stage.name}: {left} of {stage.tasks} tasks failed. Look into {logs}, resume.")
 
 
 @contextlib.contextmanager

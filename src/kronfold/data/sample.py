@@ -11,7 +11,8 @@ from typing import Any
 
 from kronfold.base import results
 from kronfold.base.errors import DataError, InputError, suggest
-from kronfold.base.files import atomic_directory, check_output, write_json
+from kronfold.base.files import explain_write_errors
+from kronfold.base.job import Job
 from kronfold.data.clean_settings import FORMATS
 from kronfold.data.shards import ShardWriter, described
 from kronfold.data.sources import documents
@@ -59,11 +60,15 @@ def sample(
         raise InputError(f"Unknown format {format!r}. {suggest(format, FORMATS)}")
     if not shard_megabytes > 0:
         raise InputError(f"shard_megabytes {shard_megabytes} must be above 0.")
-    check_output(output, overwrite)
-    seen = {"documents": 0, "characters": 0, "words": 0}
-    drawn = dict(seen)
-    texts = documents(source, text_column=text_column, max_bad_rows=max_bad_rows)
-    with atomic_directory(output, overwrite) as place:
+    with (
+        Job.open(output, "sample", inputs=[source], apart=[source], overwrite=overwrite, resumable=False) as job,
+        explain_write_errors(output),
+    ):
+        seen = {"documents": 0, "characters": 0, "words": 0}
+        drawn = dict(seen)
+        texts = documents(source, text_column=text_column, max_bad_rows=max_bad_rows)
+        job.begin()
+        place = job.result
         kind = GzipShards if format == "jsonl" else ShardWriter
         writer = kind(place, int(shard_megabytes * 1e6))
         try:
@@ -95,7 +100,7 @@ def sample(
             output={**drawn, "files": described(sorted(place.iterdir()), place)},
             share={key: drawn[key] / seen[key] for key in seen if seen[key]},
         )
-        write_json(place / "manifest.json", document)
+        job.finish(document, "manifest.json")
     return document
 
 

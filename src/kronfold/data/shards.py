@@ -7,12 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kronfold.base.files import sha256_of, write_json
+from kronfold.base.files import sha256_of
 from kronfold.data.sources import documents
 from kronfold.data.text_files import source_files
 
 _ROWS = 1000
-DONE = "shards.json"
 
 
 def spool(
@@ -27,8 +26,7 @@ def spool(
 
     A shard takes whole documents in order until it holds `shard_characters`, so shards depend on the source only.
     Documents of white space are left out and counted apart (`blank`). Reads once, holds one shard's batch in memory.
-    Returns (and writes to `folder`, last, as the mark of completion) source, files with hashes, counts, shards,
-    sha256 of all texts. Raises DataError as `documents` does.
+    Returns source, files with hashes, counts, shards, sha256 of all texts. Raises DataError as `documents` does.
     """
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
@@ -48,7 +46,7 @@ def spool(
     shards = writer.close()
     path = Path(source)
     files = source_files(path) if path.exists() else []
-    summary = {
+    return {
         "source": texts.about["source"],
         **found,
         "sha256": digest.hexdigest(),
@@ -56,8 +54,6 @@ def spool(
         "shards": shards,
         "read": texts.record(),
     }
-    write_json(folder / DONE, summary)
-    return summary
 
 
 def described(files: Iterable[Path], root: Path) -> list[dict[str, Any]]:

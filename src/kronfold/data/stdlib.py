@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from kronfold.base.errors import DataError
-from kronfold.base.files import atomic_directory, write_json
+from kronfold.base.files import explain_write_errors
+from kronfold.base.job import Job
 from kronfold.data.prose import paragraphs
 
 _EXCLUDED = {
@@ -119,14 +120,16 @@ def extract_stdlib(
             "This Python comes without sources or with docstrings stripped; use a standard installation."
         )
     manifest: dict[str, Any] = {"python": platform.python_version(), "holdout": holdout, "splits": {}}
-    with atomic_directory(output_dir, overwrite) as scratch:
+    with Job.open(output_dir, "stdlib", inputs=[root], overwrite=overwrite, resumable=False) as job:
+        job.begin()
         for split in _SPLITS:
             content = "".join(rows[split]).encode()
-            (scratch / f"{split}.jsonl").write_bytes(content)
+            with explain_write_errors(output_dir):
+                (job.result / f"{split}.jsonl").write_bytes(content)
             manifest["splits"][split] = {
                 "documents": len(rows[split]),
                 "bytes": text_bytes[split],
                 "sha256": hashlib.sha256(content).hexdigest(),
             }
-        write_json(scratch / "manifest.json", manifest)
+        job.finish(manifest, "manifest.json")
     return manifest

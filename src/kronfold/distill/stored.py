@@ -32,7 +32,7 @@ from kronfold.models.calibrate import fingerprint
 from kronfold.options.healing import ObjectiveConfig
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1, of 0.3, knew its teacher by a sample of each tensor
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,10 @@ class Manifest:
                 f"{place} holds no offline teacher: {MANIFEST} is missing or cannot be read ({error}). Give a "
                 "directory that `kronfold teach` has made."
             ) from error
-        if manifest.format_version != FORMAT_VERSION:
+        if manifest.format_version not in (1, FORMAT_VERSION):
             raise CheckpointError(
                 f"The offline teacher in {place} has format {manifest.format_version}, and this version of kronfold "
-                f"reads {FORMAT_VERSION}; make it anew with `kronfold teach`."
+                f"reads 1 and {FORMAT_VERSION}; make it anew with `kronfold teach`."
             )
         return manifest
 
@@ -170,7 +170,7 @@ class StoredTeacher:
 
     def check_teacher(self, teacher: PreTrainedModel) -> None:
         """Raises InputError unless `teacher` is the model that was stored."""
-        found = fingerprint(teacher)
+        found = fingerprint(teacher, sampled=self.manifest.format_version == 1)
         if found != self.manifest.teacher:
             raise InputError(
                 f"The offline teacher in {self.place} is of another model: of {self.manifest.about.get('model', '?')} "
@@ -229,7 +229,7 @@ class _TaughtBlocks(Dataset):
     """Blocks with the rows of an offline teacher, found by the number of the block, in whatever order they are read."""
 
     def __init__(self, data: Dataset, teacher: StoredTeacher) -> None:
-        self.data, self.teacher = data, teacher
+        self.data, self.teacher, self.sha256 = data, teacher, teacher.manifest.text
 
     def __len__(self) -> int:
         return len(self.data)  # type: ignore[arg-type]

@@ -16,6 +16,8 @@ from kronfold.models.load import faults_of
 from kronfold.models.place import read_specs
 from kronfold.models.safetensors_header import read_headers
 from kronfold.models.stored_names import guards, is_guard, names_in_model
+from kronfold.structures.layer import structured_modules
+from kronfold.structures.permutations import is_permutation
 
 _WOULD_NOT_LOAD = (
     "The checkpoint that was written to {} would not load, so it does not become the result; what was there before is "
@@ -57,6 +59,20 @@ def check_tensors(model: PreTrainedModel, specs: Mapping[str, Any], files: Itera
             + "\nconfig.json and the safetensors files belong to different checkpoints, or a file is incomplete; "
             "restore both from one source."
         )
+
+
+def check_gathers(model: PreTrainedModel) -> None:
+    """Raise CheckpointError unless every gather of a structured layer takes each index once.
+
+    An index beyond the end would stop the model when it runs; one that is named twice would only make it worse.
+    """
+    for name, layer in structured_modules(model):
+        for own, held in layer.named_buffers():
+            if held.dtype == torch.int32 and not held.is_meta and not is_permutation(held):
+                raise CheckpointError(
+                    f"{name}.{own} of the checkpoint is no permutation of 0 to {held.numel() - 1}, so the file is "
+                    "damaged. Restore it from a copy (kronfold inspect DIR --verify names the files), or make it anew."
+                )
 
 
 def verify_written(place: str | Path) -> None:

@@ -100,6 +100,9 @@ class KronfoldQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        from kronfold.export.checkpoint import check_gathers
+
+        check_gathers(model)
         # The factors are ordinary floating-point parameters: .half(), .float() and full training stay allowed.
         model.is_quantized = False
         return model

@@ -20,12 +20,14 @@ from transformers import PreTrainedModel
 
 from kronfold.base.errors import DataError, InputError, NotFiniteError
 from kronfold.base.files import explain_write_errors, write_json
+from kronfold.base.marker import MARKER, seal
 from kronfold.models.families import family_of
 from kronfold.models.finite import check_finite, listed, not_finite
 from kronfold.models.linear_view import LinearView, is_tied, sites
 from kronfold.models.statistics import MomentFiles, Statistics
 
 Progress = Callable[[str, int, int], None]
+_PART = 1 << 22  # numbers that are hashed at a time
 
 
 def calibrate(
@@ -79,6 +81,8 @@ def calibrate(
         return Statistics(tensors, reads, *counts, about)
     statistics = Statistics(MomentFiles(sorted(place.glob("moments-*.safetensors"))), reads, *counts, about)
     write_json(place / "statistics.json", statistics.header())
+    with explain_write_errors(place):
+        seal(place, "statistics")
     return statistics
 
 
@@ -217,7 +221,7 @@ def _cleared(directory: Path) -> Path:
     """The directory, without what an earlier run left there: it may have had more groups."""
     with explain_write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        for old in (directory / "statistics.json", *directory.glob("moments*.safetensors")):
+        for old in (directory / MARKER, directory / "statistics.json", *directory.glob("moments*.safetensors")):
             old.unlink(missing_ok=True)
     return directory
 
@@ -255,13 +259,19 @@ def _check(
         raise InputError("blocks_per_pass must be at least 1 and needs a directory to write the sums to.")
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """Names, shapes and up to 4,096 evenly spread numbers of every tensor of the model: 16 hexadecimal digits."""
+def fingerprint(model: PreTrainedModel, sampled: bool = False) -> str:
+    """Names, shapes and every number of the model, whatever dtype it is held in: 16 hexadecimal digits.
+
+    `sampled`: of up to 4,096 evenly spread numbers of every tensor, as 0.3 had it.
+    """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].float().cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        if sampled:
+            flat = flat[:: max(1, flat.numel() // 4096)]
+        for part in flat.split(_PART):
+            digest.update(part.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -161,6 +161,17 @@ def local_checkpoint(source: str | Path) -> Path:
     return place
 
 
+def on_disk(source: str | Path) -> Path | None:
+    """Where the files of MODEL lie on this machine, downloaded ones too; None where there are none."""
+    text = str(source)
+    if Path(text).exists():
+        return Path(text)
+    try:
+        return Path(cached_file(text, "config.json", local_files_only=True)).parent
+    except (OSError, ValueError, TypeError):
+        return None
+
+
 def _load(
     factory: Any, text: str, dtype: torch.dtype | str, **options: Any
 ) -> tuple[PreTrainedModel, list[str], list[str]]:

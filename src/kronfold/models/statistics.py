@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kronfold.base.errors import CheckpointError, DataError
-from kronfold.base.files import atomic_directory, write_json
+from kronfold.base.files import write_json
+from kronfold.base.marker import MARKER, faults_in
+from kronfold.base.output import atomic_directory
 from kronfold.models.linear_view import LinearView
 from kronfold.structures.layer import StructuredEmbedding
 from kronfold.structures.weighting import DAMPING, Weighting, covariance
@@ -97,8 +100,16 @@ class Statistics:
         return torch.stack(parts).sum(0) if parts else torch.eye(self.tensors["head"].shape[0])
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
-        """Write the statistics as a directory, atomically. Raises OutputError."""
-        with atomic_directory(path, overwrite) as place:
+        """Write the statistics as a directory, atomically, with the hashes of its files. Raises OutputError."""
+        self._write(atomic_directory(path, overwrite, "statistics"))
+
+    def keep(self, path: str | Path) -> None:
+        """`save` as an entry of a cache: one that stands there already is as good. Raises OutputError."""
+        if not (Path(path) / MARKER).exists():
+            self._write(atomic_directory(path, True, "statistics", first=True))
+
+    def _write(self, directory: AbstractContextManager[Path]) -> None:
+        with directory as place:
             save_file(
                 {name: tensor.contiguous() for name, tensor in self.tensors.items()}, place / "moments.safetensors"
             )
@@ -120,10 +131,13 @@ class Statistics:
     def load(cls, path: str | Path) -> Statistics:
         """Statistics from a directory; tensors are read when they are asked for, one at a time.
 
-        Raises CheckpointError: no statistics there, a newer format, or a damaged file.
+        Raises CheckpointError: no statistics there, a newer format, or a damaged file (those of 0.3 have no hashes to
+        tell by).
         """
         place = Path(path)
         try:
+            if (place / MARKER).exists() and (faults := faults_in(place)):
+                raise ValueError("; ".join(faults))
             header = json.loads((place / "statistics.json").read_text(encoding="utf-8"))
             if header["schema"] != "kronfold/statistics" or header["format_version"] > FORMAT_VERSION:
                 raise ValueError(f"format {header['schema']} {header['format_version']}")

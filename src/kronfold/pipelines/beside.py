@@ -6,9 +6,9 @@ of the output that has the recipe's name.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -17,10 +17,8 @@ from kronfold.base import processes
 from kronfold.base.errors import InputError
 from kronfold.base.progress import Progress
 from kronfold.export.checkpoint import write_model
-from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model
-from kronfold.models.place import read_specs
 from kronfold.pipelines.auto import calibrate_on, fit_rows, plan_auto
 from kronfold.pipelines.gathers import absorb_gathers
 from kronfold.pipelines.objectives import check_objectives
@@ -54,18 +52,19 @@ def second_recipe(options: RunOptions, first: Recipe) -> Recipe | None:
 
 
 def second_track(state: Run, recipe: Recipe, tokens: int, heal: Callable[..., Any]) -> dict[str, Any]:
-    """The entry `beside` of the results: recipe, sizes, and `stages` as in the run. Two steps, each done once.
+    """The entry `beside` of the results: recipe, sizes, and `stages` as in the run. Three steps, each done once.
 
     `tokens`: what the run's own stages were healed on in all, whole steps each; this track gets as many.
     `heal`: what heals the run's own stages: (run, student, settings, words, directory of checkpoints, tokens read).
     """
     recipe = recipe.with_heal_tokens(tokens or None)
-    unhealed = state.book.step(f"{SCRATCH}/unhealed", lambda: _unhealed(state, recipe))
-    healed = {}
+    place, final = state.place / SCRATCH, state.job.result / recipe.name
+    unhealed = state.job.step(f"{SCRATCH}/unhealed", lambda: _unhealed(state, recipe), [place / "unhealed"])
+    healed: dict[str, Any] = {}
     if recipe.stages[0].heal and tokens:
-        healed = state.book.step(f"{SCRATCH}/healed", lambda: _healed(state, recipe, heal))
-    if processes.is_main():
-        shutil.rmtree(state.work / SCRATCH, ignore_errors=True)  # both steps are written down
+        healed = state.job.step(f"{SCRATCH}/healed", lambda: _healed(state, recipe, heal), [place / "healed"])
+    last = place / ("healed" if healed else "unhealed")
+    state.job.step(f"{SCRATCH}/saved", lambda: _save(state, last, final), [final])
     return {
         "recipe": {"name": recipe.name, "description": recipe.description},
         **unhealed["cost"],
@@ -108,7 +107,7 @@ def _unhealed(state: Run, recipe: Recipe) -> dict[str, Any]:
         made = {"gathers": absorb_gathers(student), "calibration": found.to_dict(), "budget": plan.budget}
         return student, {**made, "rows": [row.to_dict() for row in rows]}
 
-    place = state.work / SCRATCH
+    place = state.place / SCRATCH
     student, facts = made_once(make, place / "fitted", state.tokenizer, options.device)
     seconds = round(time.monotonic() - started, 2)
     measured = state.perplexity(student, f"{recipe.name}, before healing")
@@ -123,14 +122,12 @@ def _unhealed(state: Run, recipe: Recipe) -> dict[str, Any]:
         "losses": [],
     }
     processes.on_main(lambda: write_model(student, state.tokenizer, place / "unhealed"))
-    found = {"cost": cost(student).to_dict(), **facts, "stage": stage, "sample": state.text(student)}
-    _save(state, student, recipe)  # the healed one takes its place
-    return found
+    return {"cost": cost(student).to_dict(), **facts, "stage": stage, "sample": state.text(student)}
 
 
 def _healed(state: Run, recipe: Recipe, heal: Callable[..., Any]) -> dict[str, Any]:
     """Heal what the step before kept, on the run's own blocks, measure and save it."""
-    settings, place = recipe.stages[0].heal, state.work / SCRATCH
+    settings, place = recipe.stages[0].heal, state.place / SCRATCH
     assert settings is not None
     student = load_model(place / "unhealed", device=state.options.device)
     done = heal(state, student, settings, f"heal {recipe.name}", place / "trainer", 0)
@@ -143,12 +140,12 @@ def _healed(state: Run, recipe: Recipe, heal: Callable[..., Any]) -> dict[str, A
         "losses": done.losses,
         "sample": state.text(student),
     }
-    _save(state, student, recipe)
+    processes.on_main(lambda: write_model(student, state.tokenizer, place / "healed"))
     return found
 
 
-def _save(state: Run, student: PreTrainedModel, recipe: Recipe) -> None:
-    student.to(state.options.dtype or load_model(state.options.model, dtype="auto").dtype)
-    if read_specs(student):
-        attach(student)
-    processes.on_main(lambda: write_model(student, state.tokenizer, state.work / recipe.name))
+def _save(state: Run, source: Path, final: Path) -> None:
+    """The model in `source` as it will be loaded, in the dtype of the run's own checkpoint."""
+    student = load_model(source, device=state.options.device)
+    dtype = state.options.dtype or load_model(state.options.model, dtype="auto").dtype
+    processes.on_main(lambda: write_model(student, state.tokenizer, final, dtype))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +14,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kronfold.base.errors import CheckpointError
+from kronfold.base.errors import CheckpointError, OutputError
+from kronfold.base.marker import read_marker
 from kronfold.models.calibrate import calibrate, fingerprint, tokens_fingerprint
 from kronfold.models.statistics import FORMAT_VERSION, Statistics
 from kronfold.planner.sensitivity import FORMAT_VERSION as CURVES_FORMAT
 from kronfold.planner.sensitivity import SiteCurve, load_curves, save_curves, sensitivity
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
@@ -43,10 +48,14 @@ class Calibration:
         if self.place is None:
             return sensitivity(model, self.statistics, structures, progress=progress)
         path = self.place / f"curves-{CURVES_FORMAT}-{'-'.join(sorted(structures))}"
-        if path.with_name(path.name + ".json").is_file():
+        try:
             return load_curves(path)
-        curves = sensitivity(model, self.statistics, structures, progress=progress)
-        save_curves(curves, path)
+        except CheckpointError:  # none there, or a damaged entry, which is made anew
+            curves = sensitivity(model, self.statistics, structures, progress=progress)
+        try:
+            save_curves(curves, path)
+        except OutputError as error:
+            logger.warning("The sensitivity curves are not kept for the next time: %s", error)
         return curves
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,7 +87,7 @@ def calibrated(
         all_windows: run the others forwards too; sequential fitting does not need that, it measures inputs itself.
         cache: directory of the cache; None keeps nothing.
 
-    Raises as `calibrate`; OutputError when the cache cannot be written.
+    A cache that cannot be written costs a warning. Raises as `calibrate`.
     """
     used = windows if all_windows else windows[:gradient_windows]
     facts = {
@@ -94,11 +103,15 @@ def calibrated(
         place = Path(cache) / "calibration" / key
         try:
             if place.is_dir():
+                read_marker(place)  # 0.3 wrote none, and without hashes nothing can be told of an entry
                 return Calibration(windows, Statistics.load(place), place)
         except CheckpointError:  # a damaged entry is made anew
-            pass
+            shutil.rmtree(place, ignore_errors=True)
     statistics = calibrate(model, used, gradient_windows=gradient_windows, seed=seed, progress=progress)
     if place is not None:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        statistics.save(place, overwrite=True)
+        try:
+            statistics.keep(place)
+        except OutputError as error:
+            logger.warning("The calibration is not kept for the next time: %s", error)
+            place = None
     return Calibration(windows, statistics, place)

@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kronfold.base import results
-from kronfold.base.files import atomic_directory, check_output, write_json
+from kronfold.base.job import Job
 from kronfold.data.bad_rows import Reading
 from kronfold.export.checkpoint import write_model
 from kronfold.export.dense import to_dense
@@ -55,51 +55,54 @@ def compress_to(
     Returns the results document. Raises OutputError, RecipeError, CheckpointError, DataError, before anything is
     written.
     """
-    check_output(output, overwrite)
-    saved_dtype = read_dtype(dtype) if dtype else None
-    made = Plan.load(plan_path) if plan_path else None
-    teacher = load_model(model)
-    tokenizer = load_tokenizer(model)
-    started, before, stages = time.monotonic(), cost(teacher), []
-    settings = settings_of(None if made else recipe, changes)
-    found, recipe_used = None, _changed(recipe, settings)
-    if made is None and recipe_used.auto is None:
-        made = plan(teacher, recipe_used, budget=budget, errors=False, seed=seed)
-    if made:
-        planning.check_plan(made, teacher)
-    student = keep_layers(teacher, made.layers if made else None)
-    if calibration:
-        found = calibrate_on(
-            student, tokenizer, calibration, settings, reading=reading, seed=seed, cache=cache, progress=progress
+    reads = [model, plan_path, recipe, *calibration]
+    with Job.open(output, "compress", inputs=reads, overwrite=overwrite, resumable=False) as job:
+        saved_dtype = read_dtype(dtype) if dtype else None
+        made = Plan.load(plan_path) if plan_path else None
+        teacher = load_model(model)
+        tokenizer = load_tokenizer(model)
+        started, before, stages = time.monotonic(), cost(teacher), []
+        settings = settings_of(None if made else recipe, changes)
+        found, recipe_used = None, _changed(recipe, settings)
+        if made is None and recipe_used.auto is None:
+            made = plan(teacher, recipe_used, budget=budget, errors=False, seed=seed)
+        if made:
+            planning.check_plan(made, teacher)
+        student = keep_layers(teacher, made.layers if made else None)
+        if calibration:
+            found = calibrate_on(
+                student, tokenizer, calibration, settings, reading=reading, seed=seed, cache=cache, progress=progress
+            )
+        if made is None:
+            made = plan(student, recipe_used, found, budget=budget, errors=False, seed=seed, progress=progress)
+            planning.check_plan(made, student)
+        planned = time.monotonic() - started
+        job.begin()
+        for stage in made.stages:
+            stage.rows = fit_rows(
+                student, stage.rows, found,
+                sequential=settings.sequential, adapt=settings.adapt, seed=seed, progress=progress,
+            )  # fmt: skip
+            stages.append({"name": stage.name, "rows": [row.to_dict() for row in stage.rows]})
+        gathers = absorb_gathers(student)
+        document = results.document(
+            "compress",
+            seed,
+            model=model,
+            recipe={"name": made.recipe, "description": made.description},
+            teacher=before.to_dict(),
+            **cost(student).to_dict(),
+            **({"layers": made.layers.to_dict()} if made.layers else {}),
+            gathers=gathers,
+            stages=stages,
+            budget=made.budget,
+            calibration={"texts": [Path(text).name for text in calibration], **found.to_dict()} if found else None,
+            plan_seconds=round(planned, 2),
+            decompose_seconds=round(time.monotonic() - started - planned, 2),
         )
-    if made is None:
-        made = plan(student, recipe_used, found, budget=budget, errors=False, seed=seed, progress=progress)
-        planning.check_plan(made, student)
-    planned = time.monotonic() - started
-    for stage in made.stages:
-        stage.rows = fit_rows(
-            student, stage.rows, found,
-            sequential=settings.sequential, adapt=settings.adapt, seed=seed, progress=progress,
-        )  # fmt: skip
-        stages.append({"name": stage.name, "rows": [row.to_dict() for row in stage.rows]})
-    gathers = absorb_gathers(student)
-    document = results.document(
-        "compress",
-        seed,
-        model=model,
-        recipe={"name": made.recipe, "description": made.description},
-        teacher=before.to_dict(),
-        **cost(student).to_dict(),
-        **({"layers": made.layers.to_dict()} if made.layers else {}),
-        gathers=gathers,
-        stages=stages,
-        budget=made.budget,
-        calibration={"texts": [Path(text).name for text in calibration], **found.to_dict()} if found else None,
-        plan_seconds=round(planned, 2),
-        decompose_seconds=round(time.monotonic() - started - planned, 2),
-    )
-    save_checkpoint(student, tokenizer, model, output, document, saved_dtype, overwrite)
-    return document
+        write_saved(student, tokenizer, model, job.result, saved_dtype)
+        job.finish(document)
+        return document
 
 
 def make_plan(
@@ -142,28 +145,22 @@ def export_dense(
     Returns the results document (schema `kronfold/export`). Raises OutputError, CheckpointError, InputError, before
     anything is written.
     """
-    check_output(output, overwrite)
-    saved_dtype = read_dtype(dtype) if dtype else None
-    compressed, tokenizer = load_model(model), load_tokenizer(model)
-    plain = to_dense(compressed)
-    document = results.document("export", None, model=model, source=cost(compressed).to_dict(), **cost(plain).to_dict())
-    save_checkpoint(plain, tokenizer, model, output, document, saved_dtype, overwrite)
+    with Job.open(output, "export", inputs=[model], overwrite=overwrite, resumable=False) as job:
+        saved_dtype = read_dtype(dtype) if dtype else None
+        compressed, tokenizer = load_model(model), load_tokenizer(model)
+        plain = to_dense(compressed)
+        sizes = {"source": cost(compressed).to_dict(), **cost(plain).to_dict()}
+        job.begin()
+        document = results.document("export", None, model=model, **sizes)
+        write_saved(plain, tokenizer, model, job.result, saved_dtype)
+        job.finish(document)
     return document
 
 
-def save_checkpoint(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    source: str,
-    output: str | Path,
-    document: dict[str, Any],
-    dtype: torch.dtype | None,
-    overwrite: bool,
-) -> None:
-    """Save model, tokenizer and results.json in one atomic step, in `dtype` or in that of the checkpoint `source`."""
+def write_saved(model: PreTrainedModel, tokenizer: Any, source: str, place: Path, dtype: torch.dtype | None) -> None:
+    """Write model and tokenizer into `place`, in `dtype` or in that of the checkpoint `source`. Raises as
+    `write_model`."""
     dtype = dtype or load_model(source, dtype="auto").dtype
     if read_specs(model):
         attach(model)
-    with atomic_directory(output, overwrite) as place:
-        write_model(model, tokenizer, place, dtype)
-        write_json(place / "results.json", document)
+    write_model(model, tokenizer, place, dtype)

@@ -1,12 +1,11 @@
 """Many recipes, one table: each brought to the same size, healed on the same tokens, measured on the same texts.
 
-The output directory is the comparison: every finished row stands in it at once, `resume` goes on where an earlier call
-stopped, and adds recipes to one that is done.
+Every finished row stands in `<output>.partial/result` at once, with the table so far; `resume` goes on where an earlier
+call stopped, and adds recipes to a comparison that is done.
 """
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,8 @@ from transformers import PreTrainedModel
 
 from kronfold.base import results
 from kronfold.base.errors import InputError, suggest
-from kronfold.base.files import check_output, sha256_of_source, write_json
+from kronfold.base.files import write_json
+from kronfold.base.job import Job
 from kronfold.data.bad_rows import Reading
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
@@ -26,7 +26,7 @@ from kronfold.evaluate.perplexity import PROTOCOLS, PerplexityResult, perplexity
 from kronfold.evaluate.speed import generation_speed
 from kronfold.evaluate.texts import open_text
 from kronfold.models.cost import cost
-from kronfold.models.load import load_model, load_tokenizer
+from kronfold.models.load import load_model, load_tokenizer, on_disk
 from kronfold.options.healing import HealConfig
 from kronfold.pipelines.auto import calibrate_on
 from kronfold.pipelines.calibration import Calibration
@@ -35,7 +35,6 @@ from kronfold.pipelines.gathers import absorb_gathers
 from kronfold.pipelines.progressive import run_stages
 from kronfold.pipelines.run_state import Report, Run, RunOptions
 from kronfold.pipelines.stage import keep_layers
-from kronfold.pipelines.steps import StepBook
 from kronfold.planner.budget import Budget
 from kronfold.planner.recipe import Recipe, load_recipe
 from kronfold.train.heal import heal
@@ -85,8 +84,7 @@ class _Comparison:
     """What all rows share."""
 
     options: CompareOptions
-    output: Path
-    book: StepBook
+    job: Job
     teacher: PreTrainedModel
     tokenizer: Any
     blocks: TokenBlocks
@@ -111,7 +109,7 @@ class _Comparison:
         )
         found = self.calibrations.get(row.recipe.name)
         return Run(
-            shared, row.recipe, self.output, self.book, self.teacher, self.tokenizer, self.blocks, self.report,
+            shared, row.recipe, self.job.result, self.job, self.teacher, self.tokenizer, self.blocks, self.report,
             row.sized.plan, found, measures_stages=False,
         )  # fmt: skip
 
@@ -156,44 +154,50 @@ def compare(
     """Run every recipe at one size and one healing budget, with the dense teacher and its fine-tuning as controls.
 
     Args:
-        output: directory that receives `results.json`, rewritten after every row, and a checkpoint per row.
-        resume: go on with an earlier comparison there; finished rows are kept, recipes may be added.
+        output: directory that receives `results.json` and a checkpoint per row; until all are done they stand, the
+            document rewritten after every row, in `<output>.partial/result`.
+        resume: go on with an earlier comparison there, finished or not; rows that are done are kept, recipes may be
+            added.
         finish: called with the document and the directory whenever it was rewritten, e.g. to draw the page.
 
     Returns the document (schema `kronfold/compare`).
 
     Raises InputError, RecipeError, DataError, OutputError: anything given that cannot be used, all before any work.
     """
-    output = check_output(output, overwrite, allow_existing=resume)
-    _check(options)
-    recipes = [with_budget(load_recipe(name), options.heal_tokens, options.objective) for name in options.recipes]
-    teacher = load_model(options.model, device=options.device)
-    tokenizer = load_tokenizer(options.model)
-    amount = options.budget.amount_for(cost(teacher)) if options.budget else None
-    check_rows(teacher, recipes, amount)
-    context = getattr(teacher.config, "max_position_embeddings", 1024)
-    size = min(options.block_size or 1024, context)
-    blocks = pack(
-        documents(options.train_text, **asdict(options.reading)), tokenizer, size, max_tokens=options.heal_tokens
-    )
-    check_teacher_outputs(teacher, blocks[0]["input_ids"])
-    for source in [*options.eval_texts.values(), *([options.lambada] if options.lambada else [])]:
-        next(open_text(source, options.reading))  # an unreadable text must not surface after hours
-    found = _calibrations(options, recipes, teacher, tokenizer, report)
-    book = StepBook.open(output, _fingerprint(options, blocks), resume, discard=overwrite)
-    state = _Comparison(options, output, book, teacher, tokenizer, blocks, found, report)
-    document: dict[str, Any] = {}
-    for document in _documents(state, recipes, amount):
-        write_json(output / "results.json", document)
-        finish(document, output)
+    reads = [options.model, *options.recipes, options.train_text, *options.eval_texts.values(), options.lambada]
+    reads += options.calibration
+    with Job.open(output, "compare", inputs=reads, resume=resume, overwrite=overwrite, grows=True) as job:
+        _check(options)
+        recipes = [with_budget(load_recipe(name), options.heal_tokens, options.objective) for name in options.recipes]
+        teacher = load_model(options.model, device=options.device)
+        tokenizer = load_tokenizer(options.model)
+        amount = options.budget.amount_for(cost(teacher)) if options.budget else None
+        check_rows(teacher, recipes, amount)
+        context = getattr(teacher.config, "max_position_embeddings", 1024)
+        size = min(options.block_size or 1024, context)
+        text = documents(options.train_text, **asdict(options.reading))
+        blocks = pack(text, tokenizer, size, max_tokens=options.heal_tokens)
+        check_teacher_outputs(teacher, blocks[0]["input_ids"])
+        for source in [*options.eval_texts.values(), *([options.lambada] if options.lambada else [])]:
+            next(open_text(source, options.reading))  # an unreadable text must not surface after hours
+        found = _calibrations(options, recipes, teacher, tokenizer, report)
+        facts, read = _facts(options, blocks)
+        if job.begin(facts, **read):
+            return job.document()
+        state = _Comparison(options, job, teacher, tokenizer, blocks, found, report)
+        document: dict[str, Any] = {}
+        for document in _documents(state, recipes, amount):
+            write_json(job.result / "results.json", document)
+            finish(document, job.result)
+        job.finish(document)
     return document
 
 
 def _documents(state: _Comparison, recipes: Sequence[Recipe], amount: float | None) -> Iterator[dict[str, Any]]:
     """The document after the controls, and after every row."""
-    book = state.book
-    teacher = book.step("teacher", lambda: {**cost(state.teacher).to_dict(), **state.measure(state.teacher, "teacher")})
-    dense = book.step("dense_finetuned", lambda: _dense(state))
+    job = state.job
+    teacher = job.step("teacher", lambda: {**cost(state.teacher).to_dict(), **state.measure(state.teacher, "teacher")})
+    dense = job.step("dense_finetuned", lambda: _dense(state))
     rows: list[dict[str, Any]] = []
     for recipe in recipes:
         row = row_of(state.teacher, recipe, amount, state.calibrations.get(recipe.name), state.report)
@@ -203,13 +207,13 @@ def _documents(state: _Comparison, recipes: Sequence[Recipe], amount: float | No
 
 def _row(state: _Comparison, row: Row, teacher: Mapping[str, Any]) -> dict[str, Any]:
     name, sized, run = row.recipe.name, row.sized, state.run_of(row)
-    before = state.book.step(f"{row.track}/before", lambda: _before(state, run, name))
+    before = state.job.step(f"{row.track}/before", lambda: _before(state, run, name))
     stages = run_stages(run, sized.plan, row.track)
-    place = state.output / row.track
+    place = state.job.result / row.track
     last = place / sized.plan.stages[-1].name
-    measured = state.book.step(f"{row.track}/measured", lambda: _measured(state, last, name))
+    measured = state.job.step(f"{row.track}/measured", lambda: _measured(state, last, name))
     for stage in sized.plan.stages[:-1]:
-        shutil.rmtree(place / stage.name, ignore_errors=True)
+        state.job.release(f"{row.track}/{stage.name}", place / stage.name)
     main = next(iter(state.options.eval_texts))
     after = measured["perplexities"][main]
     return {
@@ -230,7 +234,7 @@ def _row(state: _Comparison, row: Row, teacher: Mapping[str, Any]) -> dict[str, 
         "tokens_per_second": measured["speed"]["student"],
         "teacher_tokens_per_second": measured["speed"]["teacher"],
         "losses": [{"stage": stage["name"], **entry} for stage in stages for entry in stage["losses"]],
-        "checkpoint": str(last.relative_to(state.output)),
+        "checkpoint": str(last.relative_to(state.job.result)),
     }  # fmt: skip
 
 
@@ -320,23 +324,20 @@ def _calibrations(
     return found
 
 
-def _fingerprint(options: CompareOptions, blocks: TokenBlocks) -> dict[str, Any]:
-    """What must be equal when a comparison is resumed; recipes may be added."""
-    return {
-        "model": options.model,
-        "model_sha256": sha256_of_source(options.model),
+def _facts(options: CompareOptions, blocks: TokenBlocks) -> tuple[dict[str, Any], dict[str, str | Path | None]]:
+    """What must be equal when a comparison is resumed, values and files by their content; recipes may be added."""
+    names = ("model", "block_size", "lambada", "heal_tokens", "objective", "protocol", "seed")
+    facts = {
+        **{name: getattr(options, name) for name in names},
         "train_sha256": blocks.sha256,
-        "block_size": options.block_size,
-        "eval_texts": {name: [source, sha256_of_source(source)] for name, source in options.eval_texts.items()},
-        "lambada": [options.lambada, sha256_of_source(options.lambada)] if options.lambada else None,
-        "heal_tokens": options.heal_tokens,
+        "eval_texts": dict(options.eval_texts),
         "budget": asdict(options.budget) if options.budget else None,
-        "objective": options.objective,
         "calibration": list(options.calibration),
-        "protocol": options.protocol,
         "reading": asdict(options.reading),
-        "seed": options.seed,
     }
+    read: dict[str, str | Path | None] = {"model_content": on_disk(options.model), "lambada_content": options.lambada}
+    read |= {f"eval_content {name}": source for name, source in options.eval_texts.items()}
+    return facts, read | {f"calibration_content_{i}": text for i, text in enumerate(options.calibration)}
 
 
 def _document(
@@ -370,5 +371,5 @@ def _document(
         teacher=teacher,
         controls={"dense_finetuned": dense},
         rows=rows,
-        total_seconds=round(state.book.seconds(), 1),
+        total_seconds=round(state.job.seconds(), 1),
     )

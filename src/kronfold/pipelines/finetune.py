@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from kronfold.base import results
 from kronfold.base.errors import DataError, InputError
-from kronfold.base.files import atomic_directory, check_output, write_json
+from kronfold.base.files import explain_write_errors
+from kronfold.base.job import Job
 from kronfold.data import glue
 from kronfold.data.sequences import collator, encode_examples, padding_token
 from kronfold.distill.objective import Objective
@@ -22,9 +23,8 @@ from kronfold.evaluate.glue import answers, predict, score, spread
 from kronfold.export.checkpoint import write_model
 from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
-from kronfold.models.load import load_classifier, load_config, load_tokenizer, read_dtype
+from kronfold.models.load import load_classifier, load_config, load_tokenizer, on_disk, read_dtype
 from kronfold.models.place import read_specs
-from kronfold.pipelines.steps import StepBook
 from kronfold.train.classify import FineTuneConfig, fine_tune
 from kronfold.train.trainer import check_objective
 
@@ -103,49 +103,62 @@ def finetune(
     CheckpointError, OutputError, all before any training but for a loss that is no longer finite.
     """
     task = _check(options)
-    check_output(output, overwrite)
-    if dtype:
-        read_dtype(dtype)
-    train, dev = _read(options, task)
-    bench = _bench(options, task, train, dev)
-    student, teacher = _pair(options, bench, device)
-    data = {"train": train.to_dict(), "dev": {split or "dev": one.to_dict() for split, one in dev.items()}}
-    work = Path(output).with_name(Path(output).name + ".partial")
-    book = StepBook.open(work, {"options": asdict(options), "data": data}, resume, discard=overwrite)
+    reads = [options.model, options.teacher, options.train_file, *options.dev_files]
+    with Job.open(output, "finetune", inputs=reads, resume=resume, overwrite=overwrite) as job:
+        if dtype:
+            read_dtype(dtype)
+        train, dev = _read(options, task)
+        bench = _bench(options, task, train, dev)
+        student, teacher = _pair(options, bench, device)
+        data = {"train": train.to_dict(), "dev": {split or "dev": one.to_dict() for split, one in dev.items()}}
+        files = {"model": options.model, "teacher": options.teacher}
+        read = {what: on_disk(source) if source else None for what, source in files.items()}
+        read |= {f"text {i}": Path(path) for i, path in enumerate(reads[2:]) if path}
+        if job.begin({"options": asdict(options), "data": data, "dtype": dtype}, **read):
+            return job.document()
 
-    def one_seed(seed: int) -> dict[str, Any]:
-        found, model = _one_seed(options, bench, teacher, seed, device, report)
-        earlier = [book.steps[f"seed {other}"]["score"] for other in options.seeds if f"seed {other}" in book.steps]
-        if not earlier or found["score"] > max(earlier):
-            _save(model, bench, _dtype(options.model, dtype), work / "model")
-        return found
+        def one_seed(seed: int) -> dict[str, Any]:
+            found, model = _one_seed(options, bench, teacher, seed, device, report)
+            _save(model, bench, _dtype(options.model, dtype), job.work / f"seed-{seed}")
+            return found
 
-    seeds = [book.step(f"seed {seed}", partial(one_seed, seed)) for seed in options.seeds]
-    taught = book.step("teacher", lambda: bench.measure(teacher)[1] if teacher else None)
-    document = results.document(
-        "finetune",
-        None,
-        model=name or options.model,
-        task=task.name,
-        rule=RULE,
-        input={"description": INPUT, "max_length": bench.max_length},
-        data=data,
-        teacher={"model": Path(options.teacher).name, "dev": taught} if options.teacher else None,
-        settings=_settings(options),
-        **cost(student).to_dict(),
-        **_summary(seeds),
-        seconds=round(book.seconds(), 1),
-    )
-    with atomic_directory(output, overwrite) as place:
-        shutil.copytree(work / "model", place, dirs_exist_ok=True)
-        write_json(place / "results.json", document)
-    shutil.rmtree(work, ignore_errors=True)
+        seeds: list[dict[str, Any]] = []
+        for seed in options.seeds:
+            place = job.work / f"seed-{seed}"
+            seeds.append(job.step(f"seed {seed}", partial(one_seed, seed), [place]))
+            best = _best(seeds)["seed"]
+            for other in options.seeds[: len(seeds)]:
+                if other != best:
+                    job.release(f"seed {other}", job.work / f"seed-{other}")
+        taught = job.step("teacher", lambda: bench.measure(teacher)[1] if teacher else None)
+        document = results.document(
+            "finetune",
+            None,
+            model=name or options.model,
+            task=task.name,
+            rule=RULE,
+            input={"description": INPUT, "max_length": bench.max_length},
+            data=data,
+            teacher={"model": Path(options.teacher).name, "dev": taught} if options.teacher else None,
+            settings=_settings(options),
+            **cost(student).to_dict(),
+            **_summary(seeds),
+            seconds=round(job.seconds(), 1),
+        )
+        with explain_write_errors(output):
+            shutil.copytree(job.work / f"seed-{_best(seeds)['seed']}", job.result, dirs_exist_ok=True)
+        job.finish(document)
     return document
 
 
+def _best(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The results of the best seed, the first of equals."""
+    return max(seeds, key=lambda one: one["score"])
+
+
 def _summary(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The seeds' results, mean and deviation of each metric, and whose model is saved (the first of equals)."""
-    best = max(seeds, key=lambda one: one["score"])
+    """The seeds' results, mean and deviation of each metric, and whose model is saved."""
+    best = _best(seeds)
     return {
         "seeds": seeds,
         "summary": {key: spread([one["best"][key] for one in seeds]) for key in best["best"]},
@@ -243,8 +256,10 @@ def _one_seed(
 def _save(model: PreTrainedModel, bench: _Bench, dtype: torch.dtype, place: Path) -> None:
     if read_specs(model):
         attach(model)
-    with atomic_directory(place, overwrite=True) as scratch:
-        write_model(model, bench.tokenizer, scratch, dtype)
+    with explain_write_errors(place):
+        shutil.rmtree(place, ignore_errors=True)  # of a session that was killed while it wrote this
+        place.mkdir()
+        write_model(model, bench.tokenizer, place, dtype)
 
 
 def _dtype(source: str, asked: str | None) -> torch.dtype:

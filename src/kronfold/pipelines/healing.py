@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from kronfold.base import processes, results
-from kronfold.base.files import check_output, work_directory
+from kronfold.base.job import Job
 from kronfold.data.bad_rows import Reading
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
@@ -20,9 +20,10 @@ from kronfold.distill.stored import StoredTeacher
 from kronfold.evaluate.perplexity import perplexity
 from kronfold.evaluate.texts import open_text
 from kronfold.models.cost import cost
-from kronfold.models.load import load_model, load_tokenizer, read_dtype
+from kronfold.models.load import load_model, load_tokenizer, on_disk, read_dtype
 from kronfold.options.healing import HealConfig
-from kronfold.pipelines.checkpoint import save_checkpoint
+from kronfold.pipelines.checkpoint import write_saved
+from kronfold.train import checkpoints
 from kronfold.train.heal import HealResult, heal
 from kronfold.train.watch import check_teacher_outputs
 
@@ -48,74 +49,83 @@ def heal_to(
     """Heal the checkpoint `student` by distillation from `teacher` and save the result in `output`.
 
     Trainer checkpoints live in `<output>.partial` until the end; `resume` continues from them, with another number of
-    processes too. `reading`: how both texts are read.
+    processes too, as long as student, teacher, text and settings are the same. `reading`: how both texts are read.
     `offline_teacher`: directory that `kronfold teach` made of `teacher` and `train_text`; `teacher` is then measured
     but takes no part in the training, and the blocks are those stored, read as often as the budget asks for.
     Returns the results document. Raises OutputError, CheckpointError, DataError, before training starts.
     """
     processes.start(device)
-    processes.on_main(lambda: check_output(output, overwrite))
-    stored = StoredTeacher(offline_teacher) if offline_teacher else None
-    Objective(config.objective)  # refuses an unknown method or option before anything is loaded
-    if stored:
-        stored.check_objective(config.objective)
-    processes.split_batch(config.batch_size, config.micro_batch)
-    saved_dtype = read_dtype(dtype) if dtype else None
-    work = processes.on_main(lambda: work_directory(output, resume, overwrite))
-    model, original = load_model(student, device=device), load_model(teacher, device=device)
-    tokenizer, teacher_cost = load_tokenizer(student), cost(original).to_dict()
-    if stored:
-        stored.check_teacher(original)
-    blocks = processes.on_main(lambda: _blocks(train_text, tokenizer, model, config.tokens or 0, stored, reading))
-    check_teacher_outputs(original, blocks[0]["input_ids"])
+    reads = [student, teacher, train_text, eval_text, offline_teacher]
+    with Job.open(output, "heal", inputs=reads, resume=resume, overwrite=overwrite, together=True) as job:
+        stored = StoredTeacher(offline_teacher) if offline_teacher else None
+        Objective(config.objective)  # refuses an unknown method or option before anything is loaded
+        if stored:
+            stored.check_objective(config.objective)
+        processes.split_batch(config.batch_size, config.micro_batch)
+        saved_dtype = read_dtype(dtype) if dtype else None
+        model, original = load_model(student, device=device), load_model(teacher, device=device)
+        tokenizer, teacher_cost = load_tokenizer(student), cost(original).to_dict()
+        if stored:
+            stored.check_teacher(original)
+        blocks = processes.on_main(lambda: _blocks(train_text, tokenizer, model, config.tokens or 0, stored, reading))
+        check_teacher_outputs(original, blocks[0]["input_ids"])
+        measured: dict[str, Any] = {}  # of the evaluation text; each measurement reads the same
 
-    measured: dict[str, Any] = {}  # of the evaluation text; each measurement reads the same
+        def measure(subject: PreTrainedModel, what: str) -> float | None:
+            if eval_text is None:
+                return None
+            found = perplexity(
+                subject, tokenizer, open_text(eval_text, reading), protocol,
+                progress=lambda done, total: report(f"evaluate {what}", done, total),
+            )  # fmt: skip
+            measured.update({key: getattr(found, key) for key in ("tokens", "words", "bytes", "read")})
+            return found.perplexity
 
-    def measure(subject: PreTrainedModel, what: str) -> float | None:
-        if eval_text is None:
-            return None
-        found = perplexity(
-            subject, tokenizer, open_text(eval_text, reading), protocol,
-            progress=lambda done, total: report(f"evaluate {what}", done, total),
+        # What may change after a divergence is compared where the checkpoints are, see `checkpoints.prepare`.
+        calming = {"micro_batch", *checkpoints.CALMING}
+        facts = {
+            "healing": config.model_dump(mode="json", exclude=calming),
+            "train_sha256": blocks.sha256,
+            "offline_teacher": stored.manifest.to_dict() if stored else None,
+            "protocol": protocol if eval_text else None,
+            "reading": asdict(reading),
+            "seed": seed,
+        }
+        if job.begin(facts, student=on_disk(student), teacher=on_disk(teacher), eval_text=eval_text):
+            return job.document()
+        teacher_perplexity = job.step("teacher", partial(measure, original, "the teacher"))
+        before = job.step("before healing", partial(measure, model, "before healing"))
+        guide = stored or original
+        del original  # with an offline teacher its memory is free now
+        healed = heal(
+            model, guide, blocks,
+            config=config.model_copy(update={"seed": seed}), device=model.device,
+            output_dir=job.work / "trainer", resume=job.resumed,
+            progress=lambda step, total, _logs: report("heal", step, total),
         )  # fmt: skip
-        measured.update({key: getattr(found, key) for key in ("tokens", "words", "bytes", "read")})
-        return found.perplexity
-
-    teacher_perplexity, before = measure(original, "the teacher"), measure(model, "before healing")
-    guide = stored or original
-    del original  # with an offline teacher its memory is free now
-    healed = heal(
-        model, guide, blocks,
-        config=config.model_copy(update={"seed": seed}), device=model.device, output_dir=work, resume=resume,
-        progress=lambda step, total, _logs: report("heal", step, total),
-    )  # fmt: skip
-    after = measure(model, "after healing")
-    document = results.document(
-        "heal",
-        seed,
-        model=student,
-        objective=config.objective.model_dump(),
-        protocol=protocol if eval_text else None,
-        data={
-            "heal": {
-                "source": Path(train_text).name,
-                "tokens": blocks.tokens,
-                "sha256": blocks.sha256,
-                "read": blocks.read,
+        after = measure(model, "after healing")
+        document = results.document(
+            "heal",
+            seed,
+            model=student,
+            objective=config.objective.model_dump(),
+            protocol=protocol if eval_text else None,
+            data={
+                "heal": {
+                    "source": Path(train_text).name,
+                    "tokens": blocks.tokens,
+                    "sha256": blocks.sha256,
+                    "read": blocks.read,
+                },
+                "eval": {"source": Path(eval_text).name, **measured} if eval_text else None,
             },
-            "eval": {"source": Path(eval_text).name, **measured} if eval_text else None,
-        },
-        teacher={**teacher_cost, "perplexity": teacher_perplexity},
-        **({"offline_teacher": stored.manifest.to_dict()} if stored else {}),
-        **cost(model).to_dict(),
-        stages=[_stage_entry(healed, before, after)],
-    )
-
-    def save() -> None:
-        save_checkpoint(model, tokenizer, student, output, document, saved_dtype, overwrite)
-        shutil.rmtree(work, ignore_errors=True)
-
-    processes.on_main(save)
+            teacher={**teacher_cost, "perplexity": teacher_perplexity},
+            **({"offline_teacher": stored.manifest.to_dict()} if stored else {}),
+            **cost(model).to_dict(),
+            stages=[_stage_entry(healed, before, after)],
+        )
+        processes.on_main(lambda: write_saved(model, tokenizer, student, job.result, saved_dtype))
+        job.finish(document)
     return document
 
 

@@ -13,7 +13,8 @@ from transformers import GPT2Config
 
 from kronfold.base import results
 from kronfold.base.errors import CheckpointError, InputError
-from kronfold.base.files import atomic_directory, check_output, sha256_of, write_json
+from kronfold.base.files import sha256_of
+from kronfold.base.job import Job
 from kronfold.export.checkpoint import write_model
 from kronfold.export.published_tq import model_from_tq
 from kronfold.models.cost import cost
@@ -44,14 +45,14 @@ def import_tq(
     Returns the results document (schema `kronfold/import-tq`). Raises OutputError, CheckpointError, InputError, before
     anything is written.
     """
-    check_output(output, overwrite)
-    saved_dtype = read_dtype(dtype) if dtype else None
-    file = _weights_file(Path(path))
-    model = model_from_tq(read_state(file), _config_beside(file), heads)
-    words = _tokenizer(file, tokenizer)
-    specs = read_specs(model)
-    with atomic_directory(output, overwrite) as place:
-        write_model(model, words, place, saved_dtype)
+    with Job.open(output, "import-tq", inputs=[path, tokenizer], overwrite=overwrite, resumable=False) as job:
+        saved_dtype = read_dtype(dtype) if dtype else None
+        file = _weights_file(Path(path))
+        model = model_from_tq(read_state(file), _config_beside(file), heads)
+        words = _tokenizer(file, tokenizer)
+        specs = read_specs(model)
+        job.begin()
+        write_model(model, words, job.result, saved_dtype)
         document = results.document(
             "import-tq",
             None,
@@ -61,7 +62,7 @@ def import_tq(
             structured=sorted(specs),
             tokenizer=words is not None,
         )
-        write_json(place / "results.json", document)
+        job.finish(document)
     return document
 
 

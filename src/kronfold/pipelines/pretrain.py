@@ -26,8 +26,9 @@ from transformers import (
 )
 
 from kronfold.base import results
-from kronfold.base.errors import DataError, DivergedError, OutputError, RecipeError
-from kronfold.base.files import atomic_directory, check_output, write_json
+from kronfold.base.errors import DataError, DivergedError, RecipeError
+from kronfold.base.files import explain_write_errors
+from kronfold.base.job import Job
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import Texts, documents
 from kronfold.data.stdlib import split_of, stdlib_documents
@@ -148,41 +149,37 @@ def pretrain(
         config = config.model_copy(update={"seed": seed})
     if config.training.compile and not any(map(shutil.which, _COMPILERS)):
         raise RecipeError("training.compile needs a C++ compiler, none was found. Install one, or set it to false.")
-    output = check_output(output, overwrite)
-    partial = output.with_name(output.name + ".partial")
-    if partial.exists() and not resume:
-        if not overwrite:
-            raise OutputError(
-                f"{partial} holds an unfinished run. Pass resume to continue it, or overwrite to start anew."
-            )
-        shutil.rmtree(partial)
+    sources = [config.data.source] if isinstance(config.data.source, str) else config.data.source
+    with Job.open(output, "pretrain", inputs=sources, resume=resume, overwrite=overwrite) as job:
+        texts, read = _splits(config.data)
+        tokenizer = train_tokenizer(texts["train"], config.tokenizer.vocab_size)
+        tokenizer.model_max_length = config.model.n_positions
+        blocks = _pack(texts, tokenizer, config)
+        data = {split: _describe(texts[split], blocks[split]) for split in texts}
+        settings = {**config.model_dump(mode="json"), "data_sha256": {split: data[split]["sha256"] for split in data}}
+        if job.begin(settings):
+            return job.document()
+        place = job.work / "trainer"
+        checkpoint = checkpoints.prepare(place, settings, job.resumed)
 
-    texts, read = _splits(config.data)
-    tokenizer = train_tokenizer(texts["train"], config.tokenizer.vocab_size)
-    tokenizer.model_max_length = config.model.n_positions
-    blocks = _pack(texts, tokenizer, config)
-    data = {split: _describe(texts[split], blocks[split]) for split in texts}
-    settings = {**config.model_dump(mode="json"), "data_sha256": {split: data[split]["sha256"] for split in data}}
-    checkpoint = checkpoints.prepare(partial, settings, resume)
-
-    set_seed(config.seed)
-    model = GPT2LMHeadModel(_gpt2_config(config, tokenizer))
-    start = time.perf_counter()
-    try:
-        trainer = _train(model, config, blocks, partial, checkpoint, progress)
-    except DivergedError as error:
-        raise checkpoints.mark_diverged(partial, settings, error) from error
-    seconds = time.perf_counter() - start
-    run = {
-        "config": config.model_dump(mode="json"),
-        "data": data,
-        "read": read,
-        "training": _summary(trainer, config, seconds, checkpoint),
-        "held_parameters": sum(p.numel() for p in model.parameters()),
-    }
-    with atomic_directory(output, overwrite) as scratch:
-        document = _write(scratch, model, tokenizer, texts["validation"], config, run)
-    shutil.rmtree(partial, ignore_errors=True)
+        set_seed(config.seed)
+        model = GPT2LMHeadModel(_gpt2_config(config, tokenizer))
+        start = time.perf_counter()
+        try:
+            trainer = _train(model, config, blocks, place, checkpoint, progress)
+        except DivergedError as error:
+            raise checkpoints.mark_diverged(place, settings, error) from error
+        seconds = time.perf_counter() - start
+        run = {
+            "config": config.model_dump(mode="json"),
+            "data": data,
+            "read": read,
+            "training": _summary(trainer, config, seconds, checkpoint),
+            "held_parameters": sum(p.numel() for p in model.parameters()),
+        }
+        with explain_write_errors(output):
+            document = _write(job.result, model, tokenizer, texts["validation"], config, run)
+        job.finish(document)
     return document
 
 
@@ -287,7 +284,7 @@ def _train(
         args=args,
         train_dataset=blocks["train"],
         eval_dataset=blocks["validation"],
-        callbacks=[_Watcher(progress)] if progress else None,
+        callbacks=[checkpoints.Seal(), *([_Watcher(progress)] if progress else [])],
     )
     trainer.remove_callback(PrinterCallback)  # it prints to stdout
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -339,7 +336,6 @@ def _write(
     shipped = GPT2LMHeadModel.from_pretrained(place, dtype=torch.float32)
     found = perplexity(shipped, tokenizer, validation, "sliding", rows="documents")
     document = results.document("pretrain", config.seed, perplexity=found.perplexity, **run, evaluation=found.to_dict())
-    write_json(place / "results.json", document)
     (place / "README.md").write_text(model_card(document), encoding="utf-8")
     for file in place.iterdir():
         file.chmod(0o644)  # safetensors writes for the owner only

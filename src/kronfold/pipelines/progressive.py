@@ -1,7 +1,6 @@
 """The main job: stage by stage compress and heal, with the controls that make the numbers mean something.
 
-Everything happens in a work directory beside the output, `<output>.partial`; it takes the output's name only when all
-is done. A killed run leaves the old output as it was, and `resume=True` goes on from the last finished step.
+A killed run leaves the old output as it was, and `resume=True` goes on from the last finished step (`base/job.py`).
 
 Under torchrun every process goes through the same steps: healing and measuring are shared, the rest (planning,
 calibrating, decomposing, every file) is done by the main process while the others wait.
@@ -10,10 +9,10 @@ calibrating, decomposing, every file) is done by the main process while the othe
 from __future__ import annotations
 
 import copy
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 
 from kronfold.base import processes, results
 from kronfold.base.errors import DivergedError, InputError, suggest
-from kronfold.base.files import check_output, explain_write_errors, sha256_of_source, swap_directory, write_json
+from kronfold.base.job import Job
 from kronfold.base.progress import Progress
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
@@ -30,20 +29,19 @@ from kronfold.evaluate.texts import open_text
 from kronfold.export.checkpoint import write_model
 from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
-from kronfold.models.load import load_model, load_tokenizer
+from kronfold.models.load import load_model, load_tokenizer, on_disk
 from kronfold.models.place import read_specs
 from kronfold.options.healing import HealConfig
 from kronfold.pipelines.auto import calibrate_on, plan_auto, settings_of
-from kronfold.pipelines.beside import SCRATCH, second_recipe, second_samples, second_track
+from kronfold.pipelines.beside import second_recipe, second_samples, second_track
 from kronfold.pipelines.calibration import Calibration
 from kronfold.pipelines.gathers import absorb_gathers
 from kronfold.pipelines.objectives import check_objectives
 from kronfold.pipelines.run_state import Control, Report, Run, RunOptions
 from kronfold.pipelines.stage import keep_layers
-from kronfold.pipelines.steps import StepBook
 from kronfold.pipelines.together import made_once
 from kronfold.planner import planning
-from kronfold.planner.plan import Plan, PlanRow
+from kronfold.planner.plan import Plan
 from kronfold.planner.recipe import Recipe, load_recipe
 from kronfold.train.heal import HealResult, heal
 from kronfold.train.watch import check_teacher_outputs
@@ -74,49 +72,44 @@ def run(
             given that cannot be used. All are raised before any work starts.
     """
     processes.start(options.device)
-    output = processes.on_main(lambda: check_output(output, overwrite))
-    _check_options(options)
-    started = time.monotonic()
-    recipe = load_recipe(options.recipe).with_heal_tokens(options.heal_tokens)
-    check_objectives(recipe)
-    second = second_recipe(options, recipe)
-    for stage in [*recipe.stages, *(second.stages if second else [])]:
-        if stage.heal:
-            processes.split_batch(stage.heal.batch_size, options.micro_batch)
-    teacher = load_model(options.model, device=options.device)
-    tokenizer = load_tokenizer(options.model)
-    given = None if recipe.auto else planning.plan(teacher, recipe)
-    blocks = processes.on_main(lambda: _blocks(options, recipe, teacher, tokenizer))
-    check_teacher_outputs(teacher, blocks[0]["input_ids"])
-    found = processes.on_main(lambda: _calibrate(options, recipe, teacher, given, tokenizer, report), share=False)
+    reads = [options.model, options.recipe, options.beside, options.train_text, options.eval_text, *options.calibration]
+    with Job.open(output, "run", inputs=reads, resume=resume, overwrite=overwrite, together=True) as job:
+        _check_options(options)
+        recipe = load_recipe(options.recipe).with_heal_tokens(options.heal_tokens)
+        check_objectives(recipe)
+        second = second_recipe(options, recipe)
+        for stage in [*recipe.stages, *(second.stages if second else [])]:
+            if stage.heal:
+                processes.split_batch(stage.heal.batch_size, options.micro_batch)
+        teacher = load_model(options.model, device=options.device)
+        tokenizer = load_tokenizer(options.model)
+        given = None if recipe.auto else planning.plan(teacher, recipe)
+        blocks = processes.on_main(lambda: _blocks(options, recipe, teacher, tokenizer))
+        check_teacher_outputs(teacher, blocks[0]["input_ids"])
+        found = processes.on_main(lambda: _calibrate(options, recipe, teacher, given, tokenizer, report), share=False)
 
-    def plan_for_budget() -> Plan:
-        assert found is not None  # with auto the training text is read where no other is named
-        return plan_auto(teacher, found, recipe, options.budget, progress=report)
+        def plan_for_budget() -> Plan:
+            assert found is not None  # with auto the training text is read where no other is named
+            return plan_auto(teacher, found, recipe, options.budget, progress=report)
 
-    plan = given or processes.on_main(plan_for_budget)
-    next(open_text(options.eval_text, options.reading))  # an unreadable evaluation text must not surface after hours
-    work = output.with_name(output.name + ".partial")
-    fingerprint = processes.on_main(lambda: _fingerprint(options, recipe, blocks))
-    book = StepBook.open(work, fingerprint, resume, discard=overwrite)
-    book.add_seconds_from(started)
-    processes.on_main(lambda: plan.save(work / "plan.json"), share=False)
-    state = Run(options, recipe, work, book, teacher, tokenizer, blocks, report, plan, found)
-    measured = _measure(state)
-    tokens = sum(stage["tokens"] for stage in measured["stages"])
-    beside = second_track(state, second, tokens, _heal) if second else None
-    student = load_model(work / "stages" / recipe.stages[-1].name, device=options.device)
-    document = _finish(state, student, measured, beside)
+        plan = given or processes.on_main(plan_for_budget)
+        next(open_text(options.eval_text, options.reading))  # an unreadable text must not surface after hours
+        facts, read = _facts(options, recipe, blocks)
+        if job.begin(facts, **read):
+            return job.document()
+        state = Run(options, recipe, job.work, job, teacher, tokenizer, blocks, report, plan, found)
+        measured = _measure(state)
+        tokens = sum(stage["tokens"] for stage in measured["stages"])
+        beside = second_track(state, second, tokens, _heal) if second else None
+        student = load_model(job.work / "stages" / recipe.stages[-1].name, device=options.device)
+        document = _finish(state, student, measured, beside)
 
-    def hand_over() -> None:
-        finish(document, work)
-        with explain_write_errors(output):
-            swap_directory(work, output)
-        for leftover in ("stages", "plain", SCRATCH, "steps.json"):
-            path = output / leftover
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        def complete() -> None:
+            plan.save(job.result / "plan.json")
+            finish(document, job.result)
 
-    processes.on_main(hand_over)
+        processes.on_main(complete)
+        job.finish(document)
     return document
 
 
@@ -147,13 +140,13 @@ def _check_options(options: RunOptions) -> None:
 
 def _measure(state: Run) -> dict[str, Any]:
     """All steps, each done once: teacher, the recipe, then its controls."""
-    options, book, recipe = state.options, state.book, state.recipe
-    teacher = book.step("teacher", lambda: _teacher(state))
-    unhealed = book.step("unhealed", lambda: _unhealed(state))
+    options, job, recipe = state.options, state.job, state.recipe
+    teacher = job.step("teacher", lambda: _teacher(state))
+    unhealed = job.step("unhealed", lambda: _unhealed(state))
     stages = run_stages(state, state.plan, "stages")
     controls: dict[str, Any] = {"compressed_unhealed": unhealed}
     if "dense" in options.controls:
-        controls["dense_finetuned"] = book.step("dense_finetuned", lambda: _dense_finetuned(state))
+        controls["dense_finetuned"] = job.step("dense_finetuned", lambda: _dense_finetuned(state))
     if "plain" in options.controls and _searches(state):
         plain = run_stages(state, planning.plan(state.teacher, recipe.without_permutations()), "plain")
         controls["plain_kronecker"] = {"held_parameters": plain[-1]["held_parameters"], "stages": plain}
@@ -175,13 +168,16 @@ def _blocks(options: RunOptions, recipe: Recipe, teacher: PreTrainedModel, token
     return pack(documents(options.train_text, **asdict(options.reading)), tokenizer, size, max_tokens=budget or None)
 
 
-def _fingerprint(options: RunOptions, recipe: Recipe, blocks: TokenBlocks) -> dict[str, Any]:
+def _facts(
+    options: RunOptions, recipe: Recipe, blocks: TokenBlocks
+) -> tuple[dict[str, Any], dict[str, str | Path | None]]:
+    """What must be equal when a run is resumed: values, and files by their whole content."""
     free = ("device", "command", "name", "cache", "micro_batch", "dtype")  # dtype: of the last step alone
     fields = {key: value for key, value in asdict(options).items() if key not in free}
     fields["controls"] = sorted(options.controls)
-    fields["model_sha256"] = sha256_of_source(options.model)
-    fields["eval_sha256"] = sha256_of_source(options.eval_text)
-    return {**fields, "recipe": recipe.model_dump(mode="json"), "train_sha256": blocks.sha256}
+    facts = {**fields, "recipe": recipe.model_dump(mode="json"), "train_sha256": blocks.sha256}
+    read: dict[str, str | Path | None] = {"model_content": on_disk(options.model), "eval_content": options.eval_text}
+    return facts, read | {f"calibration_content_{i}": text for i, text in enumerate(options.calibration)}
 
 
 def _teacher(state: Run) -> dict[str, Any]:
@@ -203,7 +199,7 @@ def _unhealed(state: Run) -> dict[str, Any]:
             state.fit(student, stage.rows)
         return student, None
 
-    student, _ = made_once(make, state.work / "unhealed", state.tokenizer, state.options.device)
+    student, _ = made_once(make, state.place / "unhealed", state.tokenizer, state.options.device)
     found = state.perplexity(student, "the compressed model before healing")
     return {"perplexity": found["perplexity"], "sample": state.text(student), **cost(student).to_dict()}
 
@@ -232,48 +228,57 @@ def _dense_finetuned(state: Run) -> dict[str, Any]:
 
 
 def run_stages(state: Run, plan: Plan, track: str) -> list[dict[str, Any]]:
-    """Carry out `plan` stage by stage, healing after each; then its model stands in `<work>/<track>/<stage>`."""
+    """Carry out `plan` stage by stage, healing after each; then its model stands in `<place>/<track>/<stage>`."""
     done: list[dict[str, Any]] = []
     previous: str | Path = state.options.model
     for stage in plan.stages:
-        place = state.work / track / stage.name
+        place = state.place / track / stage.name
         source, read = previous, sum(entry["tokens"] for entry in done)
         last = stage is plan.stages[-1]
-        done.append(
-            state.book.step(f"{track}/{stage.name}", lambda: _stage(state, stage, source, place, read, last))  # noqa: B023
-        )
-        if processes.is_main():
-            shutil.rmtree(_trainer_of(place), ignore_errors=True)  # only now is the stage written down
+        work = partial(_stage, state, stage, source, place, f"{track}/{stage.name}", read, last)
+        done.append(state.job.step(f"{track}/{stage.name}", work, [place]))
+        if stage.heal:  # only now is the stage written down
+            state.job.release(f"{track}/{stage.name}, fitted", _fitted(place), _trainer_of(place))
         previous = place
     return done
 
 
 def _stage(
-    state: Run, stage: planning.PlanStage, source: str | Path, place: Path, read: int, last: bool
+    state: Run, stage: planning.PlanStage, source: str | Path, place: Path, name: str, read: int, last: bool
 ) -> dict[str, Any]:
     """Compress, heal, measure and save one stage; the last one, which is fitted no more, has its gathers absorbed.
 
     `read`: tokens the stages before it were healed on.
     """
-    started = time.monotonic()
 
-    def make() -> tuple[PreTrainedModel, tuple[list[PlanRow], dict[str, Any]]]:
+    def make() -> tuple[PreTrainedModel, dict[str, Any]]:
+        started = time.monotonic()
         student, rows = state.compressed(source, stage)
-        return student, (rows, {"gathers": absorb_gathers(student)} if last else {})
+        gathers = {"gathers": absorb_gathers(student)} if last else {}
+        seconds = round(time.monotonic() - started, 2)
+        return student, {"rows": [row.to_dict() for row in rows], **gathers, "decompose_seconds": seconds}
 
-    fitted = place.with_name(place.name + ".fitted")
-    student, (rows, gathers) = made_once(make, fitted, state.tokenizer, state.options.device)
-    decomposed = time.monotonic() - started
+    fitted = _fitted(place)
+    if stage.heal:  # what a resumed healing starts from must be this very model, on whatever machine it goes on
+
+        def save() -> dict[str, Any]:
+            student, facts = make()
+            write_model(student, state.tokenizer, fitted)
+            return facts
+
+        facts = state.job.step(f"{name}, fitted", lambda: processes.on_main(save), [fitted])
+        student = load_model(fitted, device=state.options.device)
+    else:
+        student, facts = made_once(make, fitted, state.tokenizer, state.options.device)
     before = _stage_perplexity(state, student, f"{stage.name}, before healing")
     entry: dict[str, Any] = {
         "name": stage.name,
         **({"layers": stage.layers.to_dict()} if stage.layers else {}),
-        "rows": [row.to_dict() for row in rows],
-        **gathers,
+        **{key: value for key, value in facts.items() if key != "decompose_seconds"},
         "held_parameters": cost(student).held_parameters,
         "before_healing": before,
         "after_healing": before,
-        "decompose_seconds": round(decomposed, 2),
+        "decompose_seconds": facts["decompose_seconds"],
         "tokens": 0,
         "seconds": 0.0,
         "losses": [],
@@ -294,6 +299,11 @@ def _stage(
 
 def _stage_perplexity(state: Run, student: PreTrainedModel, what: str) -> float | None:
     return state.perplexity(student, what)["perplexity"] if state.measures_stages else None
+
+
+def _fitted(place: Path) -> Path:
+    """Where the model of the stage in `place` stands before it is healed."""
+    return place.with_name(place.name + ".fitted")
 
 
 def _trainer_of(place: Path) -> Path:
@@ -320,7 +330,7 @@ def _heal(
             config=recipe.model_copy(update=own),
             device=student.device,
             output_dir=trainer_dir,
-            resume=state.book.resumed and trainer_dir is not None,
+            resume=state.job.resumed and trainer_dir is not None,
             progress=told,
         )
     except DivergedError as error:
@@ -334,15 +344,16 @@ def _heal(
 def _finish(
     state: Run, student: PreTrainedModel, measured: dict[str, Any], beside: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Save the student as it will be loaded, measure exactly that, and write results.json."""
+    """Save the student as it will be loaded, measure exactly that, and describe it."""
     options = state.options
     dtype = options.dtype or load_model(options.model, dtype="auto").dtype
     if read_specs(student):
         attach(student)
-    processes.on_main(lambda: write_model(student, state.tokenizer, state.work, dtype))
-    final = state.perplexity(load_model(state.work, device=options.device), "the saved checkpoint")
+    result = state.job.result
+    processes.on_main(lambda: write_model(student, state.tokenizer, result, dtype))
+    final = state.perplexity(load_model(result, device=options.device), "the saved checkpoint")
     teacher, stages, controls = measured["teacher"], measured["stages"], measured["controls"]
-    document = results.document(
+    return results.document(
         "run",
         options.seed,
         command=options.command,
@@ -373,10 +384,8 @@ def _finish(
         budget=state.plan.budget,
         **({"beside": _without_sample(beside)} if beside else {}),
         samples=[*_samples(options, teacher, stages, controls), *second_samples(options, beside)],
-        total_seconds=round(state.book.seconds(), 1),
+        total_seconds=round(state.job.seconds(), 1),
     )
-    processes.on_main(lambda: write_json(state.work / "results.json", document))
-    return document
 
 
 def _without_sample(entry: dict[str, Any]) -> dict[str, Any]:

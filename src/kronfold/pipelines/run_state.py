@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from kronfold.base.job import Job
 from kronfold.data.bad_rows import Reading
 from kronfold.data.packing import TokenBlocks
 from kronfold.evaluate.perplexity import perplexity
@@ -21,7 +22,6 @@ from kronfold.models.load import load_model
 from kronfold.pipelines.auto import calibrate_on, fit_rows, plan_auto
 from kronfold.pipelines.calibration import Calibration
 from kronfold.pipelines.stage import keep_layers
-from kronfold.pipelines.steps import StepBook
 from kronfold.planner.budget import Budget
 from kronfold.planner.plan import Plan, PlanRow, PlanStage
 from kronfold.planner.recipe import Recipe
@@ -76,16 +76,17 @@ class RunOptions:
 
 @dataclass
 class Run:
-    """One run in progress: the options, what was loaded, and the book of finished steps.
+    """One run in progress: the options, what was loaded, and the job with its finished steps.
 
     Attributes:
+        place: directory of the models between the stages.
         measures_stages: perplexity is measured before and after the healing of every stage.
     """
 
     options: RunOptions
     recipe: Recipe
-    work: Path
-    book: StepBook
+    place: Path
+    job: Job
     teacher: PreTrainedModel
     tokenizer: Any
     blocks: TokenBlocks

@@ -20,27 +20,23 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from kronfold.base import results
 from kronfold.base.errors import CheckpointError, InputError, RecipeError
-from kronfold.base.files import check_output, explain_write_errors, sha256_of, swap_directory, write_json
-from kronfold.export.checkpoint import verify_written
+from kronfold.base.files import UNFINISHED, explain_write_errors, write_json
+from kronfold.base.job import Job
 from kronfold.export.quantizer import attach
 from kronfold.models.cost import Cost, cost
 from kronfold.models.finite import check_finite
 from kronfold.models.load import load_config, load_tokenizer, local_checkpoint, read_dtype
 from kronfold.models.parts import Parts, put_tensors
 from kronfold.models.place import read_specs
-from kronfold.models.safetensors_header import read_header
 from kronfold.models.stored_names import to_stored
 from kronfold.models.weight_files import WeightFiles
 from kronfold.pipelines.compress import plan as make_plan
 from kronfold.pipelines.gathers import absorb_gathers, gathers_of
 from kronfold.pipelines.stage import Progress, compress_stage, keep_layers
-from kronfold.pipelines.steps import StepBook
 from kronfold.planner import planning
 from kronfold.planner.budget import Budget
 from kronfold.planner.plan import Plan, PlanRow
 from kronfold.planner.recipe import Recipe, load_recipe
-
-_STEPS = "steps.json"
 
 
 def compress_streaming(
@@ -69,27 +65,30 @@ def compress_streaming(
     Raises OutputError, RecipeError, CheckpointError, InputError, before anything is written; ShapeError, InputError
     with the row's name for a weight that cannot be fitted (finished parts then stay for `resume`).
     """
-    output = check_output(output, overwrite)
-    saved_dtype = read_dtype(dtype) if dtype else None
-    place = local_checkpoint(model)
-    config, tokenizer = load_config(place), load_tokenizer(place)
-    made = _fixed_plan(config, recipe, plan_path, calibration, budget)
-    skeleton = planning.skeleton_of(config).eval()
-    before = cost(skeleton)
-    job = Streaming.of(skeleton, WeightFiles(place, skeleton), made, saved_dtype, seed, progress)
-    work = output.with_name(output.name + ".partial")
-    book = StepBook.open(work, _fingerprint(job, place), resume, discard=overwrite)
-    _drop_damaged(book, work)
-    job.restore(book.steps)
-    for part in job.parts.names:
-        book.step(part, lambda part=part: job.carry_out(part, work))  # type: ignore[misc]
-    document = _document(job, model, before, book)
-    _finish(job, place, tokenizer, book, work)
-    with explain_write_errors(output):
-        write_json(work / "results.json", document)
-        verify_written(work)
-        swap_directory(work, output)
-    (output / _STEPS).unlink(missing_ok=True)
+    reads = [model, plan_path, recipe if isinstance(recipe, str) else None]
+    with Job.open(output, "compress", inputs=reads, resume=resume, overwrite=overwrite) as job:
+        saved_dtype = read_dtype(dtype) if dtype else None
+        place = local_checkpoint(model)
+        config, tokenizer = load_config(place), load_tokenizer(place)
+        made = _fixed_plan(config, recipe, plan_path, calibration, budget)
+        skeleton = planning.skeleton_of(config).eval()
+        before = cost(skeleton)
+        stream = Streaming.of(skeleton, WeightFiles(place, skeleton), made, saved_dtype, seed, progress)
+        facts = {
+            "plan": [{"stage": stage.name, **row.to_dict()} for stage in made.stages for row in stage.rows],
+            "layers": made.layers.to_dict() if made.layers else None,
+            "seed": seed,
+            "dtype": str(stream.dtype),
+        }
+        if job.begin(facts, model=place):
+            return job.document()
+        stream.restore(job.steps)
+        for part in stream.parts.names:
+            keeps = [job.result / stream.file_of(part)]
+            job.step(part, lambda part=part: stream.carry_out(part, job.result), keeps)  # type: ignore[misc]
+        document = _document(stream, model, before, job)
+        _finish(stream, place, tokenizer, job)
+        job.finish(document)
     return document
 
 
@@ -164,11 +163,11 @@ class Streaming:
         absorbed = absorb_gathers(self.student, [block])["absorbed"] if block is not None else 0
         specs = {name: spec for name, spec in read_specs(self.student).items() if self.parts.part_of(name) == part}
         shard = to_stored(self.student, self.parts.tensors(self.student, part), specs)
-        sizes = write_shard(work / self._file(part), shard, self.dtype)
+        sizes = write_shard(work / self.file_of(part), shard, self.dtype)
         del shard
         self.parts.empty(self.student, part)
         return {
-            "file": self._file(part),
+            "file": self.file_of(part),
             "bytes": sizes,
             "specs": specs,
             "rows": {stage: [row.to_dict() for row in done] for stage, done in rows.items()},
@@ -196,7 +195,7 @@ class Streaming:
         family = self.parts.family
         return family.block_name(self.plan.layers.kept[block]) + name.removeprefix(family.block_name(block))
 
-    def _file(self, part: str) -> str:
+    def file_of(self, part: str) -> str:
         return f"model-{self.parts.names.index(part) + 1:05d}-of-{len(self.parts.names):05d}.safetensors"
 
 
@@ -210,7 +209,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -
         name: tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in tensors.items()
     }
-    scratch = path.with_name(f".{path.name}")
+    scratch = path.with_name(f".{path.name}{UNFINISHED}")
     with explain_write_errors(path):
         save_file(cast, scratch, {"kronfold": str(results.versions().get("kronfold")), "format": "pt"})
         scratch.chmod(0o644)  # safetensors creates it for the owner alone
@@ -258,31 +257,8 @@ def _check_ties(model: PreTrainedModel, files: WeightFiles) -> None:
             )
 
 
-def _fingerprint(job: Streaming, place: Path) -> dict[str, Any]:
-    """What must not change between the sessions of one compression."""
-    stats = {file.name: file.stat() for file in job.files.files}
-    return {
-        "weights": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
-        "config": sha256_of(place / "config.json"),
-        "plan": [{"stage": stage.name, **row.to_dict()} for stage in job.plan.stages for row in stage.rows],
-        "layers": job.plan.layers.to_dict() if job.plan.layers else None,
-        "seed": job.seed,
-        "dtype": str(job.dtype),
-        "kronfold": results.versions().get("kronfold"),
-    }
-
-
-def _drop_damaged(book: StepBook, work: Path) -> None:
-    """Forget finished parts whose shard is not there or not whole."""
-    for part, step in list(book.steps.items()):
-        try:
-            read_header(work / step["file"])
-        except (OSError, CheckpointError):
-            del book.steps[part]
-
-
-def _document(job: Streaming, model: str, before: Cost, book: StepBook) -> dict[str, Any]:
-    made, steps = job.plan, [book.steps[part] for part in job.parts.names]
+def _document(stream: Streaming, model: str, before: Cost, job: Job) -> dict[str, Any]:
+    made, steps = stream.plan, [job.steps[part] for part in stream.parts.names]
     stages = []
     for stage in made.stages:
         found = {row["name"]: row for step in steps for row in step["rows"][stage.name]}
@@ -290,33 +266,33 @@ def _document(job: Streaming, model: str, before: Cost, book: StepBook) -> dict[
     seconds = round(sum(step["seconds"] for step in steps), 2)
     return results.document(
         "compress",
-        job.seed,
+        stream.seed,
         model=model,
         recipe={"name": made.recipe, "description": made.description},
         teacher=before.to_dict(),
-        **cost(job.student).to_dict(),
+        **cost(stream.student).to_dict(),
         **({"layers": made.layers.to_dict()} if made.layers else {}),
-        gathers={**gathers_of(job.student), "absorbed": sum(step["absorbed"] for step in steps)},
+        gathers={**gathers_of(stream.student), "absorbed": sum(step["absorbed"] for step in steps)},
         stages=stages,
         budget=made.budget,
         calibration=None,
-        plan_seconds=round(max(0.0, book.seconds() - seconds), 2),
+        plan_seconds=round(max(0.0, job.seconds() - seconds), 2),
         decompose_seconds=seconds,
         streamed={"parts": len(steps), "largest_shard_bytes": max(sum(step["bytes"].values()) for step in steps)},
     )
 
 
-def _finish(job: Streaming, place: Path, tokenizer: Any, book: StepBook, work: Path) -> None:
+def _finish(stream: Streaming, place: Path, tokenizer: Any, job: Job) -> None:
     """Write all that a model directory has beside its shards."""
-    student = job.student
+    student, work, steps = stream.student, job.result, job.steps
     if read_specs(student):
         attach(student)
-    student.config.dtype = str(job.dtype).removeprefix("torch.")
+    student.config.dtype = str(stream.dtype).removeprefix("torch.")
     student.config.architectures = [type(student).__name__]
     if (place / "generation_config.json").is_file():
         student.generation_config = GenerationConfig.from_pretrained(place)
-    weight_map = {name: step["file"] for step in book.steps.values() for name in step["bytes"]}
-    total = sum(sum(step["bytes"].values()) for step in book.steps.values())
+    weight_map = {name: step["file"] for step in steps.values() for name in step["bytes"]}
+    total = sum(sum(step["bytes"].values()) for step in steps.values())
     with explain_write_errors(work):
         student.config.save_pretrained(work)
         if student.can_generate():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kronfold.base import results
-from kronfold.base.files import check_output
+from kronfold.base.output import check_output
 from kronfold.data.bad_rows import Reading
 from kronfold.data.packing import pack
 from kronfold.data.sources import documents
@@ -42,7 +42,7 @@ def teach_to(
 
     Returns the results document. Raises as `store_teacher`, before the model is run.
     """
-    check_output(output, overwrite)
+    check_output(output, overwrite, allow_existing=resume)  # `store_teacher` looks closer
     teacher, tokenizer = load_model(model, device=device), load_tokenizer(model)
     size = block_size or min(1024, getattr(teacher.config, "max_position_embeddings", 1024))
     blocks = pack(documents(train_text, **asdict(reading)), tokenizer, size, max_tokens=tokens)
@@ -50,7 +50,8 @@ def teach_to(
         teacher, blocks, output,
         top_k=k, temperature=temperature, batch_size=batch_size, bf16=bf16_is_fast(device),
         about={"model": Path(model).name, "text": Path(train_text).name, "versions": results.versions()},
-        resume=resume, overwrite=overwrite, progress=lambda done, total: report("run the teacher", done, total),
+        inputs=[model, train_text], resume=resume, overwrite=overwrite,
+        progress=lambda done, total: report("run the teacher", done, total),
     )  # fmt: skip
     manifest = stored.manifest
     return results.document(

@@ -7,6 +7,7 @@ errors and adds up over sites as long as their errors do not interact; what it i
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +16,12 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kronfold.base.errors import CheckpointError, InputError, RecipeError, suggest
-from kronfold.base.files import explain_write_errors, write_json
+from kronfold.base.files import atomic_file, explain_write_errors, write_json
 from kronfold.models.calibrate import fingerprint
 from kronfold.models.finite import check_finite
 from kronfold.models.linear_view import LinearView, sites
@@ -156,21 +157,29 @@ def save_curves(curves: Sequence[SiteCurve], path: str | Path) -> None:
     check_finite(tensors.items(), what="The sensitivity curves")
     with explain_write_errors(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, f"{path}.safetensors")
+        content = save(tensors)
+        with atomic_file(f"{path}.safetensors") as file:
+            file.write(content)
     rows = [
         {"site": c.site, "shape": c.shape, "group": c.group, "tied": c.tied, "structures": list(c.losses)}
         for c in curves
     ]
-    write_json(f"{path}.json", {"schema": "kronfold/curves", "format_version": FORMAT_VERSION, "curves": rows})
+    digests = [hashlib.sha256(part).hexdigest() for part in (content, json.dumps(rows).encode())]
+    header = {"schema": "kronfold/curves", "format_version": FORMAT_VERSION, "sha256": digests}
+    write_json(f"{path}.json", {**header, "curves": rows})
 
 
 def load_curves(path: str | Path) -> list[SiteCurve]:
-    """Curves that `save_curves` wrote. Raises CheckpointError when they cannot be read."""
+    """Curves that `save_curves` wrote. Raises CheckpointError when they cannot be read or are not what was written."""
     try:
-        content = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
-        if content["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format {content['format_version']}, this kronfold reads {FORMAT_VERSION}")
-        tensors = load_file(f"{path}.safetensors")
+        header = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
+        if header["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format {header['format_version']}, this kronfold reads {FORMAT_VERSION}")
+        rows, content = header["curves"], Path(f"{path}.safetensors").read_bytes()
+        digests = [hashlib.sha256(part).hexdigest() for part in (content, json.dumps(rows).encode())]
+        if header["sha256"] != digests:
+            raise ValueError("their hashes do not match")
+        tensors = load(content)
         curves = [
             SiteCurve(
                 row["site"],
@@ -179,7 +188,7 @@ def load_curves(path: str | Path) -> list[SiteCurve]:
                 row["tied"],
                 {name: tensors[f"{i}/{name}"] for name in row["structures"]},
             )
-            for i, row in enumerate(content["curves"])
+            for i, row in enumerate(rows)
         ]
         for curve in curves:
             for name, own in curve.losses.items():

@@ -15,6 +15,12 @@ def drop_identity(perm: Tensor | None) -> Tensor | None:
     return perm
 
 
+def is_permutation(perm: Tensor) -> bool:
+    """Whether every index from 0 to n - 1 stands in `perm` (n,) once."""
+    places = torch.arange(perm.numel(), dtype=torch.int64)
+    return perm.dim() == 1 and torch.equal(perm.detach().cpu().long().sort().values, places)
+
+
 def inverse(perm: Tensor) -> Tensor:
     """The permutation that undoes `perm`, in its dtype."""
     places = torch.arange(perm.numel(), dtype=perm.dtype, device=perm.device)

@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kronfold.base.cache import cache_directory
-from kronfold.base.files import write_json
+from kronfold.base.files import explain_write_errors, write_json
+from kronfold.base.output import Lock
 from kronfold.structures.permutations import permuted
 
 FORMAT_VERSION = 1
@@ -314,9 +315,12 @@ def save_rates(path: Path, measured: Mapping[tuple[str, str, int], Rates]) -> No
 
     Raises OutputError.
     """
-    rows = [
-        {"device": device, "dtype": dtype, "threads": threads, "rates": asdict(rates)}
-        for (device, dtype, threads), rates in {**read_rates(path), **measured}.items()
-    ]
-    write_json(path, {"format_version": FORMAT_VERSION, "unit": "seconds", "rows": rows})
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with Lock(path.with_name(path.name + ".lock"), wait=True):  # two that tune at once must not lose one another's
+            rows = [
+                {"device": device, "dtype": dtype, "threads": threads, "rates": asdict(rates)}
+                for (device, dtype, threads), rates in {**read_rates(path), **measured}.items()
+            ]
+            write_json(path, {"format_version": FORMAT_VERSION, "unit": "seconds", "rows": rows})
     forget()

@@ -6,68 +6,61 @@ import json
 import logging
 import re
 import shutil
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from transformers import TrainerCallback
 
+from kronfold.base import processes
 from kronfold.base.errors import CheckpointError, DivergedError, OutputError
-from kronfold.base.files import write_json
+from kronfold.base.files import explain_write_errors, files_below, sha256_of, sync, write_json
+from kronfold.base.marker import SEAL, faults_in, is_sealed, sealed
 
 logger = logging.getLogger(__name__)
 
-DEEPSPEED = "latest"  # names the directory of its state
 SETTINGS = "heal.json"  # beside the checkpoints; what must be the same for a resumed run to be the same run
 DIVERGED = "diverged.json"  # beside them, of a run that diverged: where, and with which of the settings below
 CALMING = ("learning_rate", "warmup", "max_grad_norm")  # what may change then, wherever in the settings it stands
 
 
-def damage(checkpoint: Path) -> str | None:
-    """Why `checkpoint` cannot be resumed from, or None when it is whole.
+class Seal(TrainerCallback):
+    """Notes every file of a checkpoint with its hash as soon as all processes have written theirs."""
 
-    The Trainer writes weights, optimiser, schedule, random states, and last `trainer_state.json`; a killed
-    run leaves a directory without it. Torn files are found by their own ends: JSON that does not parse, a zip
-    archive without its directory, a safetensors file shorter than its header says.
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        processes.barrier()
+        processes.on_main(lambda: seal(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the hashes of all files of a checkpoint, which makes it whole. Raises OutputError."""
+    with explain_write_errors(checkpoint):
+        names = [name for name in files_below(checkpoint) if name != SEAL]
+        for name in names:
+            sync(checkpoint / name)
+        sizes = {name: (checkpoint / name).stat().st_size for name in names}
+        files = {name: {"bytes": sizes[name], "sha256": sha256_of(checkpoint / name)} for name in names}
+        write_json(checkpoint / SEAL, sealed({"step": step_of(checkpoint), "files": files}))
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Why `checkpoint` cannot be resumed from, or None when it is whole: every file has the hash it was written with.
+
+    A killed run leaves a directory without the hashes, which are written last.
     """
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except OSError:
-        return "trainer_state.json, which is written last, is missing"
-    except ValueError:
-        return "trainer_state.json is cut off"
-    if state.get("global_step") != step_of(checkpoint):
-        return f"trainer_state.json is of step {state.get('global_step')}"
-    split = checkpoint / DEEPSPEED  # of a healing under DeepSpeed, in place of optimizer.pt
-    for name in ("scheduler.pt",) if split.exists() else ("optimizer.pt", "scheduler.pt"):
-        if not zipfile.is_zipfile(checkpoint / name):
-            return f"{name} is missing or cut off"
-    if split.exists():
-        parts = list((checkpoint / split.read_text(encoding="utf-8").strip()).glob("*.pt"))
-        if not parts or not all(zipfile.is_zipfile(part) for part in parts):
-            return "DeepSpeed's state is missing or cut off"
-    method = checkpoint / "method.pt"  # only of methods with parameters of their own
-    if method.exists() and not zipfile.is_zipfile(method):
-        return "method.pt is cut off"
-    random_states = list(checkpoint.glob("rng_state*.pth"))
-    if not random_states or not all(zipfile.is_zipfile(path) for path in random_states):
-        return "the random states are missing or cut off"
-    return _damaged_weights(checkpoint)
-
-
-def _damaged_weights(checkpoint: Path) -> str | None:
-    try:
-        index = checkpoint / "model.safetensors.index.json"
-        names = {"model.safetensors"}
-        if index.exists():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        for name in sorted(names):
-            with safe_open(checkpoint / name, framework="pt") as file:
-                file.keys()
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        return f"the weights cannot be read ({error})"
-    return None
+        content = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        step, files = content["step"], content["files"]
+        if not is_sealed(content):
+            raise ValueError("it is not what was written")
+        faults = faults_in(checkpoint, files)
+    except FileNotFoundError:
+        return f"{SEAL}, which is written last, is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{SEAL} cannot be read ({error})"
+    if step != step_of(checkpoint):
+        return f"{SEAL} is of step {step}"
+    return "; ".join(faults) or None
 
 
 def newest_whole(directory: Path, up_to: int | None = None) -> Path | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import tempfile
 import time
@@ -21,7 +20,8 @@ from transformers.trainer_utils import SaveStrategy
 from kronfold.base import processes
 from kronfold.base.errors import DataError, DivergedError, InputError
 from kronfold.distill import Method, Objective
-from kronfold.distill.stored import StoredTeacher
+from kronfold.distill.stored import StoredTeacher, text_sha256
+from kronfold.models.calibrate import fingerprint
 from kronfold.options import read
 from kronfold.options.healing import HealConfig
 from kronfold.train import checkpoints, sharded, zero
@@ -132,12 +132,16 @@ def heal(
         settings = _settings(config, args, blocks_per_step, student) | fingerprint
         checkpoint = None
         if output_dir:
-            checkpoint = processes.on_main(lambda: checkpoints.prepare(place, settings, resume))
+            checkpoint = processes.on_main(
+                lambda: checkpoints.prepare(place, settings | _contents(student, teacher, data), resume)
+            )
         watcher = _Watcher(progress if processes.is_main() else None, blocks_per_step * block)
         start = config.start_tokens // block
         stream = ShuffledStream(data, args.max_steps * blocks_per_step, config.seed, start)
         try:
-            state, seconds = _train(student, teacher, stream, config, args, checkpoint, [watcher, *callbacks])
+            state, seconds = _train(
+                student, teacher, stream, config, args, checkpoint, [checkpoints.Seal(), watcher, *callbacks]
+            )
         except DivergedError as error:
             if output_dir is None:
                 raise
@@ -199,7 +203,7 @@ def _check_launch(method: Method) -> None:
 
 
 def inspect_blocks(data: Dataset) -> tuple[int, dict[str, Any]]:
-    """(tokens per block, what tells this data from other data when resuming). Raises DataError."""
+    """(tokens per block, how many there are). Raises DataError."""
     count = len(data)  # type: ignore[arg-type]
     if count == 0:
         raise DataError("There are no blocks to heal on: the text is shorter than one block. Give more text.")
@@ -212,8 +216,18 @@ def inspect_blocks(data: Dataset) -> tuple[int, dict[str, Any]]:
         )
     if len(ends[0]) < 2:
         raise DataError("Blocks of one token predict nothing; pack the text into longer blocks.")
-    digest = hashlib.sha256(b"".join(e.astype("<i8").tobytes() for e in ends)).hexdigest()[:16]
-    return len(ends[0]), {"blocks": count, "block": len(ends[0]), "first_and_last_block": digest}
+    return len(ends[0]), {"blocks": count, "block": len(ends[0])}
+
+
+def _contents(
+    student: PreTrainedModel, teacher: PreTrainedModel | StoredTeacher | None, data: Dataset
+) -> dict[str, Any]:
+    """Hashes over the whole of what is healed, towards what, and on what: a resumed run must have the same."""
+    found = {"student": fingerprint(student), "text": text_sha256(data)}
+    if teacher is not None:
+        known = isinstance(teacher, StoredTeacher)
+        found["teacher"] = teacher.manifest.teacher if known else fingerprint(teacher)
+    return found
 
 
 def _arguments(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,15 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from kronfold.base.errors import CheckpointError, InputError, NotFiniteError
+from kronfold.base.errors import InputError, NotFiniteError
 from kronfold.base.files import (
-    UNFINISHED,
     atomic_file,
-    check_output,
     explain_write_errors,
-    swap_directory,
-    work_directory,
-    write_json,
 )
+from kronfold.base.job import Job
 from kronfold.distill.losses import top_k as likeliest
 from kronfold.distill.pairs import check_head, is_classifier, position_faults, vocabulary
-from kronfold.distill.stored import MANIFEST, Manifest, StoredTeacher, damage, text_sha256
+from kronfold.distill.stored import MANIFEST, Manifest, StoredTeacher, text_sha256
 from kronfold.models.calibrate import fingerprint
 from kronfold.train.activations import fused_gelu
 from kronfold.train.heal import inspect_blocks, left_as_found
@@ -44,6 +40,7 @@ def store_teacher(
     batch_size: int = 8,
     bf16: bool = False,
     about: Mapping[str, Any] | None = None,
+    inputs: Sequence[str | Path] = (),
     shard_bytes: int = _SHARD_BYTES,
     resume: bool = False,
     overwrite: bool = False,
@@ -52,14 +49,14 @@ def store_teacher(
     """Store the `top_k` likeliest tokens of `teacher` at every position of `data` in the directory `place`.
 
     Finished shards lie in `<place>.partial` until all are there. `resume` goes on after them; on the same machine the
-    result is, byte for byte, that of a job that was never stopped.
+    result is, byte for byte but for its marker, that of a job that was never stopped.
 
     Args:
         teacher: run where it is, and left as it was.
         data: map-style dataset of blocks, as for `heal`.
         temperature: of the objective that will learn from it.
         batch_size: blocks that go through the teacher at once. bf16: matrix products in bfloat16, by autocast.
-        about: names and versions for the manifest.
+        about: names and versions for the manifest. inputs: files that teacher and data were read from, for `Job.open`.
         progress: called with (blocks done, blocks in all).
 
     Raises:
@@ -68,27 +65,29 @@ def store_teacher(
         DataError: no blocks, or blocks that are not integers of one length.
         OutputError: `place` is taken or cannot be written. CheckpointError: another job lies in `<place>.partial`.
     """
-    place = Path(place)
-    check_output(place, overwrite)
-    manifest = _planned(teacher, data, top_k, temperature, batch_size, bf16, about or {}, shard_bytes)
-    check_teacher_outputs(teacher, data[0]["input_ids"])
-    work = work_directory(place, resume, overwrite)
-    with explain_write_errors(place):
-        work.mkdir(parents=True, exist_ok=True)
-        _begin(work, manifest)
+    with Job.open(place, "teach", inputs=inputs, resume=resume, overwrite=overwrite) as job:
+        manifest = _planned(teacher, data, top_k, temperature, batch_size, bf16, about or {}, shard_bytes)
+        check_teacher_outputs(teacher, data[0]["input_ids"])
+        facts = {name: value for name, value in manifest.to_dict().items() if name != "about"}
+        if job.begin(facts):
+            return StoredTeacher(place)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(explain_write_errors(place))
             stack.enter_context(left_as_found(teacher))
             stack.enter_context(fused_gelu(teacher))
             teacher.eval()
             for shard, blocks in enumerate(manifest.shards):
-                files = manifest.files(shard)
-                if any(damage(work / name, *form) for name, form in files.items()):
+                files = {job.result / name: kind for name, (kind, _) in manifest.files(shard).items()}
+
+                def store(blocks: range = blocks, files: Mapping[Path, np.dtype] = files) -> None:
                     arrays = _shard(teacher, data, blocks, manifest, progress)
-                    for (name, (kind, _)), array in zip(files.items(), arrays, strict=True):
-                        with atomic_file(work / name) as file:
+                    for (path, kind), array in zip(files.items(), arrays, strict=True):
+                        with atomic_file(path) as file:
                             np.save(file, array.astype(kind), allow_pickle=False)
+
+                job.step(f"shard {shard}", store, files)
                 progress(blocks.stop, manifest.blocks)
-        swap_directory(work, place)
+        job.finish(manifest.to_dict(), MANIFEST)
     return StoredTeacher(place)
 
 
@@ -125,21 +124,6 @@ def _planned(
     # Whole batches, so that a block always goes through the teacher with the same others.
     batches = max(1, shard_bytes // (made.bytes_per_token * block * batch_size))
     return Manifest(**{**made.to_dict(), "blocks_per_shard": batches * batch_size})
-
-
-def _begin(work: Path, manifest: Manifest) -> None:
-    """Note what the job is of, or compare with what was noted. Raises CheckpointError when it was another."""
-    for torn in work.glob(f".*{UNFINISHED}"):  # of a job killed while it wrote
-        torn.unlink()
-    if any(work.iterdir()):
-        differing = Manifest.read(work).differences(manifest)
-        if differing:
-            raise CheckpointError(
-                f"The job in {work} cannot be continued, it is of something else: {'; '.join(differing)}. Ask for the "
-                "same again, or start anew with --overwrite."
-            )
-    else:
-        write_json(work / MANIFEST, manifest.to_dict())
 
 
 @torch.no_grad()
