@@ -287,7 +287,7 @@ def test_add_level_reproduces_an_exact_factorisation():
     perm = torch.tensor([3, 0, 5, 1, 2, 4])
     wide = torch.empty(11, 6, dtype=torch.float64)
     wide[:, perm] = torch.kron(stored, b)
-    outer = FactorizedEmbedding.from_dense(wide).add_level(b, perm, stored[None])
+    outer = FactorizedEmbedding.of(nn.Embedding.from_pretrained(wide)).add_level(b, perm, stored[None])
     torch.testing.assert_close(outer.dense_weight(), wide)
     assert outer.weight.shape == (11, 3)
     again = outer.add_level(torch.ones(1, 1, dtype=torch.float64), None, outer.weight[None])

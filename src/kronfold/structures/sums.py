@@ -159,10 +159,10 @@ def _first_fits(
 
 
 def term_structure(name: str) -> Structure:
-    """The structure of that name whose layers may be terms. Raises RecipeError with the names there are."""
+    """The structure of that name whose layers may be terms. Raises ShapeError with the names there are."""
     if name not in STRUCTURES or not STRUCTURES.get(name).may_be_term or STRUCTURES.get(name).spec is None:
         allowed = [n for n in STRUCTURES if STRUCTURES.get(n).may_be_term and STRUCTURES.get(n).spec is not None]
-        raise RecipeError(f"structure {name!r} cannot be a term of a sum. {suggest(name, allowed)}")
+        raise ShapeError(f"structure {name!r} cannot be a term of a sum. {suggest(name, allowed)}")
     return STRUCTURES.get(name)
 
 
