@@ -22,8 +22,8 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     family = family_of(model)
     head_follows = family.head is not None and read_by(model.get_submodule(family.head)) is not None
     dense = copy.deepcopy(model)
-    ours = ("hf_quantizer", "quantization_method", "_tied_weights_keys", "all_tied_weights_keys")
-    for attribute in (*ours, "_keys_to_ignore_on_load_unexpected"):
+    of_the_compressed = ("hf_quantizer", "quantization_method", "_tied_weights_keys", "all_tied_weights_keys")
+    for attribute in (*of_the_compressed, "_keys_to_ignore_on_load_unexpected", "_weight_conversions"):
         dense.__dict__.pop(attribute, None)
     if hasattr(dense.config, "quantization_config"):
         del dense.config.quantization_config
