@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -109,11 +109,9 @@ def test_the_revision_is_the_commit_of_the_files(hub, monkeypatch) -> None:
     hub("test")
     commit = "0123456789abcdef" * 2 + "01234567"
 
-    class Builder:
-        class config:
-            data_files: ClassVar = {"test": [f"hf://datasets/owner/name@{commit}/test.parquet"]}
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: Builder)
+    files = {"test": [f"hf://datasets/owner/name@{commit}/test.parquet"]}
+    builder = SimpleNamespace(config=SimpleNamespace(data_files=files))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: builder)
     assert open_text("owner/name").record()["revision"] == commit
 
 

@@ -74,6 +74,10 @@ def test_equal_sizes_and_tokens(finished, options):
     assert {row["heal_tokens"] for row in document["rows"]} >= {dense["heal_tokens"]}
     assert dense["held_parameters"] == whole
     assert list(document["teacher"]["perplexities"]) == ["valid", "test"]
+    read = document["data"]["read"]
+    assert {name: entry["source"] for name, entry in read["eval"].items()} == {"valid": "valid.txt", "test": "test.txt"}
+    assert (read["lambada"]["source"], read["lambada"]["documents"]) == ("lambada.jsonl.gz", 8)
+    assert document["data"]["heal"]["read"]["source"] == "train.txt"
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +54,16 @@ def test_document(finished):
         assert plain["relative_error"] == plain["relative_error_plain"]
     assert document["samples"][0]["who"] == "teacher"
     assert all(entry["text"].startswith("the quick brown") for entry in document["samples"])
+
+
+def test_the_document_says_what_was_read(finished, options):
+    data = finished[1]["data"]
+    measured, trained = data["eval"]["read"], data["heal"]["read"]
+    text = (pico.TEXT * 12).encode()
+    assert (measured["source"], measured["documents"], measured["complete"]) == ("eval.txt", 1, True)
+    assert (measured["bytes"], measured["sha256"]) == (len(text), hashlib.sha256(text).hexdigest())
+    assert trained["files"] == [{"name": "train.txt", "bytes": 80 * len(pico.TEXT)}]
+    assert str(Path(options.eval_text).parent) not in json.dumps(data)
 
 
 def test_the_checkpoint_is_what_was_measured(finished, options):

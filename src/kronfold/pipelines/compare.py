@@ -126,18 +126,18 @@ class _Comparison:
         found: dict[str, Any] = {
             "perplexities": {text: result.perplexity for text, result in texts.items()},
             "protocol": next(iter(texts.values())).protocol,
-            "read": {text: result.read for text, result in texts.items()},
+            "read": {"eval": {text: result.read for text, result in texts.items()}},
         }
         if self.options.lambada:
             measured = lambada(
                 model, self.tokenizer, passages(self.options.lambada, self.options.reading),
                 progress=lambda done, total: self.report(f"evaluate {who} on LAMBADA", done, total),
             )  # fmt: skip
+            found["read"]["lambada"] = measured.read
             found["lambada"] = {
                 "accuracy": measured.accuracy,
                 "perplexity": measured.perplexity,
                 "passages": measured.passages,
-                "read": measured.read,
             }
         return found
 
@@ -349,6 +349,8 @@ def _document(
     amount: float | None,
 ) -> dict[str, Any]:
     options = state.options
+    teacher, dense = dict(teacher), dict(dense)
+    read, _ = teacher.pop("read"), dense.pop("read")  # every model reads the same
     return results.document(
         "compare",
         options.seed,
@@ -367,6 +369,7 @@ def _document(
             },
             "eval": {name: Path(source).name for name, source in options.eval_texts.items()},
             "lambada": Path(options.lambada).name if options.lambada else None,
+            "read": read,
         },
         teacher=teacher,
         controls={"dense_finetuned": dense},
