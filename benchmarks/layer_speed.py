@@ -40,11 +40,12 @@ from kronfold.models.load import load_config
 from kronfold.models.structures import STRUCTURES
 from kronfold.models.surgery import read_specs
 from kronfold.models.truncate import truncate
-from kronfold.nn import KroneckerLinear, LowRankLinear
-from kronfold.ops import cost, kronecker
+from kronfold.nn import LowRankLinear
+from kronfold.ops import cost
 from kronfold.ops.tuning import interleaved
 from kronfold.planner.planning import name_of_tied_head, skeleton_of, specs_after
 from kronfold.planner.recipe import load_recipe, shipped_recipes
+from kronfold.structures.kronecker import KroneckerLinear, matrix
 from timing import parser, prepare
 
 Job = Callable[[], object]
@@ -241,7 +242,7 @@ def chosen(layer: Any, x: torch.Tensor, training: bool) -> str:
     if isinstance(layer, LowRankLinear):
         return "factor" if layer._by_factor(len(x), cost.rates_for(x), training) else "gathered"
     s, gathers = layer.spec, (layer.gather_in is not None, layer.gather_out is not None)
-    return kronecker.fastest_order(s.a, s.b, s.rank, len(x), *gathers, cost.rates_for(x), training)
+    return matrix.fastest_order(s.a, s.b, s.rank, len(x), *gathers, cost.rates_for(x), training)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from kronfold.base.errors import KronfoldError
 from kronfold.distill import chunked_loss, head_parameters
-from kronfold.distill.top_k import TopK, top_k
+from kronfold.distill.losses import TopK, top_k
 from kronfold.nn import FactorizedEmbedding
 from kronfold.train import bf16_is_fast
 from large_models import peak_resident

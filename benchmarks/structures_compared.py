@@ -33,16 +33,16 @@ from transformers import PreTrainedModel
 from kronfold.base.errors import InputError, KronfoldError
 from kronfold.base.files import check_output, sha256_of, write_json
 from kronfold.base.results import document
-from kronfold.base.specs import KroneckerSpec, LowRankSpec, SumSpec
+from kronfold.base.specs import LowRankSpec, SumSpec
 from kronfold.data.packing import pack
 from kronfold.data.sources import documents
 from kronfold.decompose.low_rank import nearest_low_rank
-from kronfold.decompose.nearest import nearest_kronecker
 from kronfold.decompose.sum_fit import sum_fit
 from kronfold.decompose.weighting import Weighting
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import LinearView, sites
 from kronfold.models.load import load_model, load_tokenizer
+from kronfold.structures.kronecker import KroneckerSpec, nearest_kronecker
 
 WINDOW = 256
 ADDED = [(1, 2), (2, 2), (4, 4)]  # blocks of the Kronecker term of a sum

@@ -14,8 +14,10 @@ from kronfold.decompose.low_rank import nearest_low_rank
 from kronfold.models import absorb as ab
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import is_tied, sites
-from kronfold.nn import KroneckerLinear, LowRankLinear
-from kronfold.planner.recipe import Recipe, validate
+from kronfold.nn import LowRankLinear
+from kronfold.options import read
+from kronfold.planner.recipe import Recipe
+from kronfold.structures.kronecker import KroneckerLinear
 
 each_family = pytest.mark.parametrize("name", pico.FAMILY_CONFIGS)
 
@@ -75,7 +77,7 @@ def without_gathers(name: str):
     if not is_tied(model, family_of(model)):
         entries.append({"modules": "role:head", "block": [1, 2], "permute": "none"})
     recipe = {"name": "x", "stages": [{"name": "x", "compress": entries}]}  # mlp_out stays dense
-    student = kf.compress(model, validate(Recipe, recipe, "Recipe x")).double()
+    student = kf.compress(model, read(Recipe, recipe, "Recipe x")).double()
     assert ab.remaining_gathers(student) == []
     return student
 

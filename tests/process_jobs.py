@@ -62,7 +62,7 @@ def healed(job: dict, count: int, **more) -> tuple[dict, list[torch.Tensor], int
     """(result, what was trained, how much of it is the method's) with `count` processes and the same global batch."""
     job, keep = dict(job), Keep()
     share, accumulate = job.pop("share")
-    batch = {"batch_size": share * 2 // count, "accumulate": accumulate}
+    batch = {"batch_size": share * 2 * accumulate, "micro_batch": share * 2 // count}
     callbacks = [keep, *more.pop("callbacks", [])]
     found = heal(**job, **batch, callbacks=callbacks, **more).to_dict()
     return found, keep.trained, keep.companions

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from kronfold.base import files
-from kronfold.base.errors import InputError, OutputError, ShapeError, suggest
+from kronfold.base.errors import InputError, OutputError, suggest
 from kronfold.base.registry import Registry
-from kronfold.base.specs import KroneckerSpec, divisors
+from kronfold.base.specs import divisors
 
 
 def test_suggest_names_the_nearest_and_all_allowed():
@@ -34,42 +34,6 @@ def test_divisors_by_hand():
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
     assert divisors(1) == [1]
     assert divisors(49) == [1, 7, 49]
-
-
-def test_spec_counts_by_hand():
-    # TQCompressor's c_fc: 3072 x 768 as 4 terms of (768, 384) ⊗ (4, 2): 4 · (294,912 + 8) numbers.
-    spec = KroneckerSpec(a=(768, 384), b=(4, 2), rank=4)
-    assert spec.shape == (3072, 768)
-    assert spec.held_parameters == 1_179_680
-    assert spec.max_rank == 8
-    assert spec.index_count == 3072 + 768
-    one_sided = KroneckerSpec(a=(768, 384), b=(1, 2))
-    assert not one_sided.searches_out
-    assert one_sided.index_count == 768
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"a": (3, 0), "b": (1, 2)}, "at least 1"),
-        ({"a": (3, 4), "b": (1, 2), "rank": 3}, "maximum 2.*use rank 2 or less"),
-        ({"a": (3, 4), "b": (1, 2), "rank": 0}, "at least 1"),
-    ],
-)
-def test_spec_refuses(arguments, message):
-    with pytest.raises(ShapeError, match=message):
-        KroneckerSpec(**arguments)
-
-
-def test_spec_for_weight_says_the_nearest_blocks():
-    assert KroneckerSpec.for_weight((6, 8), (2, 4), 2).a == (3, 2)
-    with pytest.raises(ShapeError, match=r"Block size 5 .*in_features 768.*nearest allowed: 2, 3, 4, 6"):
-        KroneckerSpec.for_weight((768, 768), (1, 5))
-
-
-def test_spec_check_weight_says_what_would_fit():
-    with pytest.raises(ShapeError, match=r"With b=\(2, 2\) use a=\(5, 4\)"):
-        KroneckerSpec(a=(4, 4), b=(2, 2)).check_weight((10, 8))
 
 
 def test_atomic_directory_keeps_the_old_when_writing_fails(tmp_path: Path):

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from kronfold.base.errors import InputError, ShapeError
-from kronfold.base.specs import KroneckerSpec, LowRankSpec, SumSpec
+from kronfold.base.specs import LowRankSpec, SumSpec
 from kronfold.decompose.low_rank import nearest_low_rank
-from kronfold.decompose.nearest import nearest_kronecker
 from kronfold.decompose.sum_fit import sum_fit
 from kronfold.decompose.weighting import Weighting
 from kronfold.nn import SumLinear
+from kronfold.structures.kronecker import KroneckerSpec, nearest_kronecker
 
 SHAPE = (24, 32)
 LOW = LowRankSpec(*SHAPE, 3)

@@ -17,7 +17,8 @@ from kronfold.base.tensor_train import TensorTrainSpec, balanced_factors
 from kronfold.decompose.tensor_train import tensor_train
 from kronfold.decompose.weighting import Weighting
 from kronfold.nn import TensorTrainEmbedding, TiedHead, tensor_train_embedding
-from kronfold.planner.recipe import Recipe, validate
+from kronfold.options import read
+from kronfold.planner.recipe import Recipe
 
 
 def rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -213,7 +214,7 @@ def test_it_heals_alike_in_chunks(monkeypatch):
 
 def recipe(**changes) -> Recipe:
     entry = {"modules": "role:embedding", "structure": "tensor_train", "ratio": 0.5, **changes}
-    return validate(Recipe, {"name": "mine", "stages": [{"name": "one", "compress": [entry]}]}, "Recipe mine")
+    return read(Recipe, {"name": "mine", "stages": [{"name": "one", "compress": [entry]}]}, "Recipe mine")
 
 
 def test_the_shipped_recipe_trains_nothing():

@@ -18,7 +18,8 @@ from kronfold.distill.attention import (
     run_with_attention,
 )
 from kronfold.distill.signals import Batch, _eager_divergence, attention_divergence
-from kronfold.planner.recipe import Recipe, validate
+from kronfold.options import read
+from kronfold.planner.recipe import Recipe
 
 LOW_RANK = {
     "name": "attention",
@@ -77,7 +78,7 @@ def test_padding_on_the_left_gives_finite_maps_that_see_no_padding(name):
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_structured_layers_give_their_own_maps(name):
     model, ids, mask = case(name)
-    student = kf.compress(model.float(), validate(Recipe, LOW_RANK, "Recipe")).double()
+    student = kf.compress(model.float(), read(Recipe, LOW_RANK, "Recipe")).double()
     found = observed(student, ids, mask, (1,))[1][1]
     seen = mask.bool()[:, None, :, None].expand(-1, 4, -1, 14)
     mine, dense = eager_maps(student, ids, mask)[1], eager_maps(model.double(), ids, mask)[1]
@@ -122,7 +123,7 @@ def test_the_closed_form_gradient_is_that_of_autograd(name, maps, left, monkeypa
         other = observed(pico.family(name, seed=3).double(), ids, mask, (1,))[1][1]
     found = observed(model, ids, mask, (1,))[1][1]
     batch = Batch(torch.rand(ids.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * mask)
-    monkeypatch.setattr("kronfold.distill.map_divergence._CACHED_ELEMENTS", maps * ids.shape[1] ** 2)
+    monkeypatch.setattr("kronfold.distill.attention._CACHED_ELEMENTS", maps * ids.shape[1] ** 2)
     fast, slow = attention_divergence(found, other, batch), _eager_divergence(found, other, batch)
     assert fast.grad_fn.name() == "_MapDivergenceBackward"
     assert fast.item() == pytest.approx(slow.item(), rel=1e-12)

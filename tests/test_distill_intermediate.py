@@ -7,7 +7,7 @@ import torch
 
 from kronfold.base.errors import InputError
 from kronfold.distill import METHODS, Batch, Objective, ObjectiveConfig, Signals
-from kronfold.distill.layers import Shape, hidden_pairs, layer_map
+from kronfold.distill.method import Shape, hidden_pairs, layer_map
 from train_examples import gpt2, llama
 
 TWELVE, SIX = Shape(12, 768, 12), Shape(6, 768, 12)
@@ -76,7 +76,7 @@ def test_weights_not_named_are_zero_and_without_any_those_of_the_paper_hold():
     assert config().options == {}
     assert METHODS.get("intermediate")(config()).term_weights == {"embedding": 1, "attention": 1, "hidden": 1}
     assert METHODS.get("intermediate")(config(cosine=2)).term_weights == {"cosine": 2}
-    assert config(cosine=2).needs_teacher
+    assert Objective(config(cosine=2)).needs_teacher
 
 
 def test_signals_are_asked_for_only_where_needed():
@@ -134,7 +134,7 @@ def gpt2_of_width(width):
 )
 def test_options_that_cannot_be_used(options, message):
     with pytest.raises(InputError, match=message):
-        config(**options)
+        Objective(config(**options))
 
 
 @pytest.mark.parametrize(
@@ -154,11 +154,13 @@ def test_pairs_that_do_not_fit(options, student, message):
 
 def test_unknown_methods_and_keys_list_the_near_ones():
     with pytest.raises(InputError, match="Unknown distillation method 'intermediat'. Did you mean 'intermediate'"):
-        ObjectiveConfig(method="intermediat")
-    with pytest.raises(InputError, match="Unknown key 'temprature' in an objective .* Did you mean 'temperature'"):
-        ObjectiveConfig.from_mapping({"method": "intermediate", "temprature": 2})
+        Objective(ObjectiveConfig(method="intermediat"))
+    with pytest.raises(
+        InputError, match="Unknown option 'temprature' of method 'intermediate'. Did you mean 'temperature'"
+    ):
+        Objective(ObjectiveConfig(method="intermediate", temprature=2))
     flat = {"method": "intermediate", "ce": 1, "kl": 0, "embedding": 1, "attention": 1, "hidden": 1}
-    found = ObjectiveConfig.from_mapping(flat)
+    found = ObjectiveConfig(**flat)
     assert found == ObjectiveConfig(
         ce=1, kl=0, method="intermediate", options={"embedding": 1, "attention": 1, "hidden": 1}
     )

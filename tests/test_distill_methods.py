@@ -204,7 +204,7 @@ def test_micro_batches_add_up_to_the_whole_batch(tmp_path, name, task):
 @pytest.mark.parametrize("name", ["annealing", "intermediate", "rail", "mate", "ctcd"])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one_and_the_student_stays_a_plain_model(tmp_path, name):
     options = {
-        "steps": 3, "batch_size": 3, "accumulate": 2, "bf16": False, "learning_rate": 1e-2,
+        "steps": 3, "batch_size": 6, "micro_batch": 3, "bf16": False, "learning_rate": 1e-2,
         "objective": objective(name),
     }  # fmt: skip
     whole, teacher = pair(12)

@@ -75,7 +75,7 @@ def test_micro_batches_of_unequal_token_counts_give_the_gradients_of_the_whole(s
 def test_without_kl_no_teacher_is_needed_and_only_ce_is_reported():
     student = gpt2().double().eval()
     config = ObjectiveConfig(kl=0, ce=1)
-    assert not config.needs_teacher
+    assert not Objective(config).needs_teacher
     ids, labels = batch()
     hidden = student(ids, output_hidden_states=True).hidden_states[-1]
     loss, named = Objective(config)(hidden, student.get_output_embeddings(), None, None, labels)
@@ -96,12 +96,12 @@ def test_a_batch_with_nothing_to_predict_gives_zero_not_nan():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kl": -1.0}, "kl=-1.0"),
-        ({"ce": float("nan")}, "ce=nan"),
-        ({"kl": 0.0, "ce": 0.0}, "every weight is 0; set at least one of kl, ce"),
-        ({"temperature": 0.0}, "temperature=0.0"),
-        ({"chunk_tokens": 0}, "chunk_tokens=0"),
-        ({"kl": float("inf"), "temperature": -2.0}, "kl=inf; temperature=-2.0"),
+        ({"kl": -1.0}, r"kl: .*given: -1\.0"),
+        ({"ce": float("nan")}, "ce: .*given: nan"),
+        ({"kl": 0.0, "ce": 0.0}, "ce and kl are both 0: there is nothing to train on"),
+        ({"temperature": 0.0}, r"temperature: .*given: 0\.0"),
+        ({"chunk_tokens": 0}, "chunk_tokens: .*given: 0"),
+        ({"kl": float("inf"), "temperature": -2.0}, r"2 faults:\n  kl: .*given: inf\)\n  temperature: .*given: -2\.0"),
     ],
 )
 def test_a_config_that_cannot_be_used_is_refused_with_all_faults(options, message):
@@ -111,7 +111,7 @@ def test_a_config_that_cannot_be_used_is_refused_with_all_faults(options, messag
 
 def test_weights_are_the_losses_above_zero():
     assert ObjectiveConfig(kl=0.5, ce=0).weights == {"kl": 0.5}
-    assert ObjectiveConfig(**CONFIG.to_dict()) == CONFIG
+    assert ObjectiveConfig(**CONFIG.model_dump()) == CONFIG
 
 
 def test_check_pair_accepts_what_fits():

@@ -16,8 +16,8 @@ from kronfold.base.errors import CheckpointError, InputError, OutputError
 from kronfold.cli.main import main
 from kronfold.data.packing import TokenBlocks
 from kronfold.distill import IGNORE, LOSSES, METHODS, ObjectiveConfig, chunked_loss, head_parameters
+from kronfold.distill.losses import IDS, LOG_PROBS, TopK, bucketed_kl, top_k
 from kronfold.distill.stored import Manifest, StoredTeacher
-from kronfold.distill.top_k import IDS, LOG_PROBS, TopK, bucketed_kl, top_k
 from kronfold.evaluate.bucket_bias import bucket_bias
 from kronfold.train import heal, store_teacher
 from kronfold.train.order import ShuffledStream
@@ -260,7 +260,7 @@ def test_every_item_has_its_own_rows_in_any_order(tmp_path):
 
 def healed(teacher, data, **options):
     student = gpt2(0, dropout=0.0)
-    settings = {"steps": 6, "batch_size": 2, "accumulate": 2, "bf16": False, "log_every": 1, "learning_rate": 1e-2}
+    settings = {"steps": 6, "batch_size": 4, "micro_batch": 2, "bf16": False, "log_every": 1, "learning_rate": 1e-2}
     result = heal(student, teacher, data, **{**settings, **options})
     return student, [(entry["loss"], entry.get("kl"), entry.get("ce")) for entry in result.losses]
 

@@ -15,10 +15,9 @@ import pico
 from kronfold.base.errors import InputError
 from kronfold.distill import Batch, Moment, Objective, ObjectiveConfig, Signals
 from kronfold.distill.attention import run_with_attention
-from kronfold.distill.divergence import Pair
-from kronfold.distill.layers import Shape
-from kronfold.distill.method import bind
+from kronfold.distill.method import Shape, bind
 from kronfold.distill.methods.mate import embedding_table
+from kronfold.distill.pairs import Pair
 from train_examples import gpt2, llama
 
 WEIGHTS = torch.tensor([[0.2, 0.2, 0.2], [0.2, 0.2, 0.0]], dtype=torch.float64)
@@ -57,9 +56,9 @@ def test_annealing_phases_and_their_weights():
     assert annealing.weights(at(49)) == {"logit_mse": 1.0}
     assert annealing.weights(at(50)) == {"ce": 0.5}
     with pytest.raises(InputError, match="two phases"):
-        ObjectiveConfig(kl=1, ce=0, method="annealing")
+        Objective(ObjectiveConfig(kl=1, ce=0, method="annealing"))
     with pytest.raises(InputError, match="max_temperature=2.5 must be a whole number, 1 or above; regression=1.0"):
-        ObjectiveConfig(method="annealing", options={"max_temperature": 2.5, "regression": 1.0})
+        Objective(ObjectiveConfig(method="annealing", max_temperature=2.5, regression=1.0))
 
 
 @pytest.mark.parametrize("step", [0, 30, 49, 70])

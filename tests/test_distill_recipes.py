@@ -11,8 +11,9 @@ import kronfold as kf
 import pico
 from kronfold.base.errors import RecipeError
 from kronfold.distill import ObjectiveConfig
-from kronfold.pipelines.objectives import check_objectives, objective_of
-from kronfold.planner.recipe import HealRecipe, load_recipe, shipped_recipes, validate
+from kronfold.options.healing import HealConfig
+from kronfold.pipelines.objectives import check_objectives
+from kronfold.planner.recipe import load_recipe, shipped_recipes
 
 
 def recipe(place, objective):
@@ -30,16 +31,16 @@ def test_options_of_a_method_stand_beside_the_weights(tmp_path):
     written = {"method": "intermediate", "ce": 1, "kl": 0, "embedding": 1, "teacher_layers": [0, 1]}
     loaded = load_recipe(recipe(tmp_path, written))
     expected = ObjectiveConfig(ce=1, kl=0, method="intermediate", options={"embedding": 1, "teacher_layers": [0, 1]})
-    assert objective_of(loaded.stages[0].heal) == expected
-    assert objective_of(loaded.with_heal_tokens(10).stages[0].heal) == expected
+    assert loaded.stages[0].heal.objective == expected
+    assert loaded.with_heal_tokens(10).stages[0].heal.objective == expected
     labels = loaded.stages[0].heal.objective.from_labels_alone().model_dump()
-    assert labels == {"ce": 1.0, "kl": 0.0, "temperature": 1.0, "method": "kd"}
+    assert labels == {"ce": 1.0, "kl": 0.0, "temperature": 1.0, "chunk_tokens": 1024, "method": "kd"}
 
 
 def test_every_shipped_recipe_has_an_objective_that_trains():
     for name in shipped_recipes():
         check_objectives(load_recipe(name))
-    assert objective_of(validate(HealRecipe, {"tokens": 1}, "x")) == ObjectiveConfig()
+    assert HealConfig(tokens=1).objective == ObjectiveConfig()
 
 
 @pytest.mark.parametrize(
@@ -48,10 +49,10 @@ def test_every_shipped_recipe_has_an_objective_that_trains():
         ({"hidden": 1}, "hidden: unknown key"),
         ({"temprature": 1}, "temprature: unknown key. Did you mean 'temperature'"),
         ({"ce": 0, "kl": 0}, "nothing to train on"),
-        ({"method": "intermediate", "hiden": 1}, "one.heal.objective: Unknown key 'hiden' .* Did you mean 'hidden'"),
+        ({"method": "intermediate", "hiden": 1}, "one.heal.objective: Unknown option 'hiden' .* Did you mean 'hidden'"),
         ({"method": "intermediat"}, "Unknown distillation method 'intermediat'. Did you mean 'intermediate'"),
         ({"method": "intermediate", "hidden": -2}, "hidden=-2 must be a finite number"),
-        ({"method": "intermediate", "hidden": {"a": 1}}, "objective.hidden"),
+        ({"method": "intermediate", "hidden": {"a": 1}}, "hidden must be a number"),
     ],
 )
 def test_objectives_that_cannot_be_used_stop_the_plan(tmp_path, objective, message):
@@ -83,7 +84,8 @@ def test_heal_with_a_method(call, files, tmp_path):
     assert code == 0
     document = json.loads(out)
     assert document["objective"] == {
-        "ce": 0.1, "kl": 0.0, "temperature": 1.0, "method": "intermediate", "hidden": 0.5, "teacher_layers": [0, 1]
+        "ce": 0.1, "kl": 0.0, "temperature": 1.0, "chunk_tokens": 1024, "method": "intermediate",
+        "hidden": 0.5, "teacher_layers": [0, 1]
     }  # fmt: skip
     assert {"ce", "hidden"} < set(document["stages"][0]["losses"][0])
     assert "kl" not in document["stages"][0]["losses"][0]

@@ -9,7 +9,8 @@ import pico
 from kronfold.data.sequences import collator
 from kronfold.distill import METHODS, ObjectiveConfig
 from kronfold.models.load import load_classifier
-from kronfold.train.classify import FineTuneConfig, fine_tune
+from kronfold.options.finetune import FineTuneConfig
+from kronfold.train.classify import fine_tune
 
 ROWS = [{"input_ids": [1 + (i * j) % 17 for j in range(1, 4 + i % 5)], "labels": i % 2} for i in range(24)]
 

@@ -1,8 +1,8 @@
 """What kronfold 0.3 wrote still loads and reads: checkpoints of every structure, a plan, result documents.
 
-Made once by 0.3.0 with seed 3: the demo model compressed and healed with 20,000 tokens, pico models by `auto` (llama) and
-by the shipped recipes. Logits are those that 0.3.0 computed; on one processor they are equal bit for bit, another one
-may add up in another order.
+Made once by 0.3.0 with seed 3: the demo model compressed and healed with 20,000 tokens, pico models by `auto` (llama)
+and by the shipped recipes. Logits are those that 0.3.0 computed; on one processor they are equal bit for bit,
+another one may add up in another order.
 """
 
 from __future__ import annotations

@@ -9,14 +9,14 @@ import torch
 
 import pico
 from kronfold.base.errors import CheckpointError, DataError, InputError
-from kronfold.base.specs import GroupedEmbeddingSpec, KroneckerSpec, LowRankSpec
+from kronfold.base.specs import GroupedEmbeddingSpec, LowRankSpec
 from kronfold.decompose.grouped_embedding import grouped_embedding
 from kronfold.decompose.low_rank import nearest_low_rank
-from kronfold.decompose.nearest import nearest_kronecker
 from kronfold.models.calibrate import calibrate, fingerprint
 from kronfold.models.linear_view import sites
 from kronfold.models.statistics import MomentFiles, Statistics
 from kronfold.models.surgery import build_skeleton
+from kronfold.structures.kronecker import KroneckerSpec, nearest_kronecker
 
 FAMILIES = ("gpt2", "llama", "llama-tied")
 

@@ -31,8 +31,9 @@ from kronfold.models.linear_view import is_tied, sites
 from kronfold.models.load import load_config
 from kronfold.models.recognised import recognised
 from kronfold.models.surgery import read_specs, replace_modules
+from kronfold.options import read
 from kronfold.planner.patterns import match
-from kronfold.planner.recipe import Recipe, validate
+from kronfold.planner.recipe import Recipe
 
 each_family = pytest.mark.parametrize("name", pico.FAMILY_CONFIGS)
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -55,7 +56,7 @@ HEAD = {"modules": "role:head", "block": [1, 2], "permute": "in"}
 def recipe_for(model) -> Recipe:
     entries = EVERYTHING if is_tied(model, family_of(model)) else [*EVERYTHING, HEAD]
     document = {"name": "everything", "stages": [{"name": "all", "compress": entries}]}
-    return validate(Recipe, document, "Recipe everything")
+    return read(Recipe, document, "Recipe everything")
 
 
 def logits(model) -> torch.Tensor:
@@ -182,7 +183,7 @@ def test_an_untied_head_survives_a_later_stage():
     embedding = {**EVERYTHING[0], "head": "untied"}
     stages = [[embedding], [HEAD], [embedding]]
     document = {"name": "x", "stages": [{"name": f"s{i}", "compress": entry} for i, entry in enumerate(stages)]}
-    recipe = validate(Recipe, document, "Recipe x")
+    recipe = read(Recipe, document, "Recipe x")
     model = pico.family("llama-tied")
     student = kf.compress(model, recipe)
     specs = read_specs(student)
@@ -278,7 +279,7 @@ def test_any_decoder_is_compressed_saved_and_loaded(tmp_path, name):
     model = AutoModelForCausalLM.from_config(UNKNOWN[name]).eval()
     wide = [v.name for v in sites(model).values() if v.kind == "linear" and v.shape[0] % 2 == 0]
     entries = [EVERYTHING[0], {"modules": wide, "block": [2, 2]}]
-    recipe = validate(Recipe, {"name": "x", "stages": [{"name": "x", "compress": entries}]}, "Recipe x")
+    recipe = read(Recipe, {"name": "x", "stages": [{"name": "x", "compress": entries}]}, "Recipe x")
     student = kf.compress(model, recipe)
     student.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -289,7 +290,7 @@ def test_any_decoder_is_compressed_saved_and_loaded(tmp_path, name):
 
 def recipe_again() -> Recipe:
     entry = {"modules": "role:embedding", "block": [1, 2], "permute": "none"}
-    return validate(Recipe, {"name": "y", "stages": [{"name": "y", "compress": [entry]}]}, "Recipe y")
+    return read(Recipe, {"name": "y", "stages": [{"name": "y", "compress": [entry]}]}, "Recipe y")
 
 
 def test_roles_of_an_unknown_type_go_by_known_names():

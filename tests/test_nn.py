@@ -14,12 +14,12 @@ from kronfold.nn import (
     FactorizedEmbedding,
     FusedLinear,
     GroupedEmbedding,
-    KroneckerLinear,
     LowRankLinear,
     StructuredLinear,
     SumLinear,
     TiedHead,
 )
+from kronfold.structures.kronecker import KroneckerLinear
 
 
 def _randomised(module: nn.Module) -> nn.Module:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import kronfold as kf
-from kronfold.nn import FusedLinear, KroneckerLinear, LowRankLinear, SumLinear
+from kronfold.nn import FusedLinear, LowRankLinear, SumLinear
 from kronfold.ops import cost
 from kronfold.ops.cost import Rates
+from kronfold.structures.kronecker import KroneckerLinear
 
 FREE = Rates(*(1e-30,) * 8)
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from kronfold.base.errors import InputError
-from kronfold.nn import FactorizedEmbedding, KroneckerLinear, LowRankLinear
-from kronfold.ops import cost, few_rows, kronecker, low_rank, tuning
+from kronfold.nn import FactorizedEmbedding, LowRankLinear
+from kronfold.ops import cost, few_rows, low_rank, tuning
 from kronfold.ops.cost import Rates
 from kronfold.ops.permutation import inverse, permuted
 from kronfold.pipelines.tuning import tune
+from kronfold.structures.kronecker import KroneckerLinear, matrix
 
 FREE = Rates(*(1e-30,) * 8)
 ORDERS = ("a_first", "b_first", "dense", "dense_blocks")
@@ -53,20 +54,20 @@ def test_every_order_is_the_permuted_sum_with_its_gradients(rank, a_shape, b_sha
     expected = twin(*tensors)
     slopes = torch.autograd.grad((expected * target).sum(), tensors)
     for order in ORDERS:
-        y = kronecker.apply(x, a, b, order, gather_in, gather_out, bias)
+        y = matrix.apply(x, a, b, order, gather_in, gather_out, bias)
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
         for got, slope in zip(torch.autograd.grad((y * target).sum(), tensors), slopes, strict=True):
             torch.testing.assert_close(got, slope, rtol=0, atol=1e-11)
         with torch.no_grad():
-            assert torch.equal(kronecker.apply(x, a, b, order, gather_in, gather_out, bias), y)
-    weight = kronecker.dense_weight(a, b, gather_in, gather_out)
+            assert torch.equal(matrix.apply(x, a, b, order, gather_in, gather_out, bias), y)
+    weight = matrix.dense_weight(a, b, gather_in, gather_out)
     torch.testing.assert_close(x @ weight.T + bias, expected, rtol=0, atol=1e-12)
 
 
 def test_no_tokens_give_no_outputs():
     a, b = torch.randn(2, 3, 4), torch.randn(2, 2, 2)
     for order in ORDERS:
-        assert kronecker.apply(torch.empty(0, 8), a, b, order, torch.arange(8), torch.arange(6)).shape == (0, 6)
+        assert matrix.apply(torch.empty(0, 8), a, b, order, torch.arange(8), torch.arange(6)).shape == (0, 6)
 
 
 def test_permuting_and_its_gradient():
@@ -86,7 +87,7 @@ def test_permuting_and_its_gradient():
 
 def test_choices_follow_planted_rates():
     def choose(shape, tokens, rates, gathers=(True, True), **how):
-        return kronecker.fastest_order(*shape, tokens, *gathers, rates, **how)
+        return matrix.fastest_order(*shape, tokens, *gathers, rates, **how)
 
     # Products alone: B first halves them for a (1, 2) block; A first is 9,216 less than B first per token for the FFN.
     assert choose(HALF, 512, _only(mac=1e-9)) == "b_first"
@@ -107,13 +108,13 @@ def test_seconds_by_hand():
     shape = ((3, 2), (1, 2), 1)  # 3 x 4
     # B first, 2 tokens, inputs gathered: 8 gathered, 2·(2+1)·2 mixed, (2 x 2) times (2 x 3).
     b_first = (100 + 8 * 2) + (100 + 12 * 5) + (100 + 6 * (2 + 10))
-    assert kronecker.seconds("b_first", *shape, 2, True, False, rates) == b_first
+    assert matrix.seconds("b_first", *shape, 2, True, False, rates) == b_first
     # Dense: 12 built from (1 + 2)·6 numbers, 12 gathered, (2 x 4) times (4 x 3).
     product, mixed, folded = 100 + 12 * (2 + 10), 100 + 18 * 5, 100 + 12 * 2
-    assert kronecker.seconds("dense", *shape, 2, True, False, rates) == product + mixed + folded
-    assert kronecker.seconds("dense", *shape, 2, True, False, rates, kept=True) == product
+    assert matrix.seconds("dense", *shape, 2, True, False, rates) == product + mixed + folded
+    assert matrix.seconds("dense", *shape, 2, True, False, rates, kept=True) == product
     trained = 3 * (product + mixed) + 2 * (100 + 8 * 2)  # the blocks stay, the tokens are gathered
-    assert kronecker.seconds("dense_blocks", *shape, 2, True, False, rates, training=True) == trained
+    assert matrix.seconds("dense_blocks", *shape, 2, True, False, rates, training=True) == trained
 
 
 def test_few_rows_are_multiplied_weight_first(monkeypatch):

@@ -17,9 +17,9 @@ from kronfold.data.glue import TASKS, read_tsv
 from kronfold.distill import ObjectiveConfig
 from kronfold.models.load import load_classifier, load_model
 from kronfold.models.surgery import read_specs
+from kronfold.options.finetune import FineTuneConfig
 from kronfold.pipelines import finetune as pipeline
 from kronfold.pipelines.finetune import FineTuneOptions, finetune
-from kronfold.train.classify import FineTuneConfig
 
 WORDS = [word for word in dict.fromkeys(pico.TEXT.split()) if word not in (".", "fox")]
 FAST = ["--epochs", 2, "--learning-rate", 5e-3, "--batch-size", 16, "--device", "cpu"]

@@ -19,11 +19,12 @@ from absorb_models import (
 from kronfold.models import absorb as ab
 from kronfold.models.cost import cost
 from kronfold.models.linear_view import sites
+from kronfold.options import read
 from kronfold.pipelines.compress import compress_stage
 from kronfold.pipelines.gathers import absorb_gathers, gathers_of
 from kronfold.planner.plan import Plan
 from kronfold.planner.planning import check_plan, skeleton_of
-from kronfold.planner.recipe import Recipe, validate
+from kronfold.planner.recipe import Recipe
 
 KRONECKER = {"structure": "kronecker", "block": [2, 2]}
 LOW_RANK = {"structure": "low_rank", "ratio": 0.6}
@@ -39,7 +40,7 @@ MIXES = {
 
 
 def recipe_of(mix: str) -> Recipe:
-    return validate(Recipe, {"name": "x", "stages": [{"name": "x", "compress": MIXES[mix]}]}, "Recipe x")
+    return read(Recipe, {"name": "x", "stages": [{"name": "x", "compress": MIXES[mix]}]}, "Recipe x")
 
 
 EVERY_FAMILY = ("kronecker", "low rank")
@@ -70,7 +71,7 @@ def recipe_again(student) -> Recipe:
     """Any recipe that fits: the first linear site, at rank 1."""
     site = next(view.name for view in sites(student).values() if view.kind == "linear")
     entry = {"structure": "low_rank", "rank": 1, "modules": site}
-    return validate(Recipe, {"name": "y", "stages": [{"name": "y", "compress": [entry]}]}, "Recipe y")
+    return read(Recipe, {"name": "y", "stages": [{"name": "y", "compress": [entry]}]}, "Recipe y")
 
 
 def test_compress_absorbs():
@@ -86,7 +87,7 @@ def test_a_single_head_of_keys_and_values_is_its_own_order():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     entry = {**LOW_RANK, "modules": "role:attention_in"}
-    recipe = validate(Recipe, {"name": "x", "stages": [{"name": "x", "compress": [entry]}]}, "Recipe x")
+    recipe = read(Recipe, {"name": "x", "stages": [{"name": "x", "compress": [entry]}]}, "Recipe x")
     made = kf.plan(model, recipe, errors=False)
     assert made.gathers["absorbed"] == 2
     assert not any("v_proj" in name for name in made.gathers["remaining"])
@@ -99,7 +100,7 @@ def test_an_unknown_family_keeps_its_gathers():
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     entry = {**KRONECKER, "modules": [v.name for v in sites(model).values() if "mlp" in v.name]}
-    recipe = validate(Recipe, {"name": "x", "stages": [{"name": "x", "compress": [entry]}]}, "Recipe x")
+    recipe = read(Recipe, {"name": "x", "stages": [{"name": "x", "compress": [entry]}]}, "Recipe x")
     made = kf.plan(model, recipe, errors=False)
     assert made.gathers == gathers_of(kf.compress(model, recipe))
     assert (made.gathers["absorbed"], len(made.gathers["remaining"])) == (0, 4)

@@ -14,13 +14,14 @@ import pico
 from kronfold.base.errors import RecipeError
 from kronfold.models.cost import cost
 from kronfold.models.truncate import truncate
+from kronfold.options import read
 from kronfold.pipelines import progressive
 from kronfold.pipelines.checkpoint import compress_to
 from kronfold.pipelines.progressive import RunOptions, run
 from kronfold.planner.plan import Plan
 from kronfold.planner.plan_diff import diff
 from kronfold.planner.planning import check_plan
-from kronfold.planner.recipe import Recipe, validate
+from kronfold.planner.recipe import Recipe
 from kronfold.report.page import render
 from kronfold.report.plans import diff_table
 from kronfold.report.tables import plan_table, run_summary
@@ -30,7 +31,7 @@ FFN = {"modules": "role:mlp_in", "blocks": "odd", "block": [4, 2], "rank": 2}
 
 def recipe(first=None, *later) -> Recipe:
     first = {"name": "truncate", "layers": "alt", **(first or {})}
-    return validate(Recipe, {"name": "mine", "stages": [first, *later]}, "Recipe mine")
+    return read(Recipe, {"name": "mine", "stages": [first, *later]}, "Recipe mine")
 
 
 def shown(renderable) -> str:

@@ -12,10 +12,11 @@ import kronfold as kf
 import pico
 from kronfold.base.errors import RecipeError
 from kronfold.models.linear_view import sites
+from kronfold.options import read
 from kronfold.planner.patterns import match
 from kronfold.planner.plan import Plan
 from kronfold.planner.planning import check_plan
-from kronfold.planner.recipe import Recipe, load_recipe, shipped_recipes, validate
+from kronfold.planner.recipe import Recipe, load_recipe, shipped_recipes
 
 # GPT-2 small holds 124,439,808. The tied and untied counts of the released recipe are derived in DESIGN fact 1;
 # attention adds 18 matrices of 768² that become 768·384 + 2 each.
@@ -86,12 +87,12 @@ def test_a_compressed_checkpoint_is_planned_as_it_is(students, checkpoints):
     from kronfold.models.load import load_config
 
     entry = {"modules": "*.wte", "block": [1, 2], "permute": "none"}
-    third = validate(Recipe, recipe(stage={"compress": [entry]}), "Recipe third")
+    third = read(Recipe, recipe(stage={"compress": [entry]}), "Recipe third")
     by_config = kf.plan(load_config(checkpoints["tqcompressor"]), third)
     again = kf.compress(students["tqcompressor"], third)
     assert by_config.cost == kf.plan(students["tqcompressor"], third, errors=False).cost
     assert by_config.held_parameters == sum(p.numel() for p in again.parameters())
-    untied = validate(Recipe, recipe(stage={"compress": [{**entry, "head": "untied"}]}), "Recipe untied")
+    untied = read(Recipe, recipe(stage={"compress": [{**entry, "head": "untied"}]}), "Recipe untied")
     parted = kf.compress(students["tqcompressor"], untied)
     assert parted.lm_head.weight.shape == (101, 32)
     assert kf.plan(students["tqcompressor"], untied, errors=False).held_parameters == sum(
@@ -147,7 +148,7 @@ def recipe(**changes) -> dict:
 def test_all_schema_faults_come_at_once_with_near_names():
     bad = recipe(entry={"rnk": 2, "block": [0, 2]}, stage={"heal": {"tokens": -5, "learning_rte": 1}}, stagess=[])
     with pytest.raises(RecipeError) as caught:
-        validate(Recipe, bad, "Recipe mine")
+        read(Recipe, bad, "Recipe mine")
     text = str(caught.value)
     for part in ("5 faults", "'rank'", "block.0", "tokens", "'learning_rate'", "'stages'"):
         assert part in text
@@ -169,7 +170,7 @@ def test_all_schema_faults_come_at_once_with_near_names():
     ],
 )
 def test_recipes_against_a_model(changes, message):
-    made = validate(Recipe, recipe(**changes), "Recipe mine")
+    made = read(Recipe, recipe(**changes), "Recipe mine")
     if message is None:
         assert {row.name for row in kf.plan(pico.config(), made).rows} == {
             f"transformer.h.{i}.mlp.c_fc" for i in (1, 3)
@@ -181,7 +182,7 @@ def test_recipes_against_a_model(changes, message):
 
 def test_a_site_named_twice_in_a_stage_is_a_fault():
     entry = recipe()["stages"][0]["compress"][0]
-    made = validate(Recipe, recipe(stage={"compress": [entry, entry]}), "Recipe mine")
+    made = read(Recipe, recipe(stage={"compress": [entry, entry]}), "Recipe mine")
     with pytest.raises(RecipeError, match="matched by two entries"):
         kf.plan(pico.config(), made)
 
@@ -201,7 +202,7 @@ def test_unknown_recipe_names_the_near_one(tmp_path):
 @pytest.mark.parametrize("name", FIXED)
 def test_shipped_recipes_survive_yaml_and_rescale(name):
     shipped = load_recipe(name)
-    assert validate(Recipe, yaml.safe_load(yaml.safe_dump(shipped.model_dump(mode="json"))), name) == shipped
+    assert read(Recipe, yaml.safe_load(yaml.safe_dump(shipped.model_dump(mode="json"))), name) == shipped
     rescaled = shipped.with_heal_tokens(3000)
     healed = [stage.heal.tokens for stage in rescaled.stages if stage.heal]
     assert all(tokens == 3000 // len(healed) for tokens in healed)
@@ -221,7 +222,7 @@ def test_patterns():
 
 def test_the_auto_recipe_survives_yaml():
     shipped = load_recipe("auto")
-    assert validate(Recipe, yaml.safe_load(yaml.safe_dump(shipped.model_dump(mode="json"))), "auto") == shipped
+    assert read(Recipe, yaml.safe_load(yaml.safe_dump(shipped.model_dump(mode="json"))), "auto") == shipped
     assert shipped.with_heal_tokens(3000).stages[0].heal.tokens == 3000
 
 
@@ -240,4 +241,4 @@ def test_the_auto_recipe_survives_yaml():
 def test_recipes_that_mix_planning_and_shapes_are_refused(changes, message):
     document = {**load_recipe("auto").model_dump(mode="json"), **changes}
     with pytest.raises(RecipeError, match=message):
-        validate(Recipe, document, "Recipe auto")
+        read(Recipe, document, "Recipe auto")

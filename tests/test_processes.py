@@ -17,8 +17,8 @@ import pico
 import process_jobs as jobs
 from kronfold.base import processes
 from kronfold.base.errors import InputError
+from kronfold.base.processes import split_batch
 from kronfold.pipelines.progressive import RunOptions, run
-from kronfold.pipelines.together import split_batch
 from train_examples import KillAfter, Stop, gpt2
 
 TESTS = Path(__file__).parent

@@ -12,8 +12,9 @@ import kronfold as kf
 import pico
 from kronfold.base.errors import RecipeError
 from kronfold.models.cost import cost
+from kronfold.options import read
 from kronfold.planner.plan import Plan
-from kronfold.planner.recipe import Recipe, validate
+from kronfold.planner.recipe import Recipe
 
 ENTRIES = {
     "low_rank on linear layers by rank": [{"modules": "*.mlp.*", "structure": "low_rank", "rank": 5}],
@@ -55,7 +56,7 @@ ENTRIES = {
 
 def recipe(entries, *more) -> Recipe:
     stages = [{"name": f"stage-{i}", "compress": entry} for i, entry in enumerate((entries, *more))]
-    return validate(Recipe, {"name": "mine", "stages": stages}, "Recipe mine")
+    return read(Recipe, {"name": "mine", "stages": stages}, "Recipe mine")
 
 
 def logits(model) -> torch.Tensor:

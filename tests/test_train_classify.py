@@ -12,7 +12,8 @@ from kronfold.base.errors import InputError
 from kronfold.data.sequences import collator
 from kronfold.distill import ObjectiveConfig
 from kronfold.models.load import load_classifier
-from kronfold.train.classify import FineTuneConfig, LengthGroupedStream, fine_tune
+from kronfold.options.finetune import FineTuneConfig
+from kronfold.train.classify import LengthGroupedStream, fine_tune
 
 SIGN = 7  # the planted task: is this token in the text?
 
@@ -159,7 +160,9 @@ def test_epochs_are_permutations_of_like_lengths() -> None:
 
 
 def test_bad_settings(place) -> None:
-    with pytest.raises(InputError, match="epochs=0 .at least 1.; learning_rate=2.0 .*; weight_decay=-1"):
+    with pytest.raises(
+        InputError, match=r"3 faults:\n  epochs: .*given: 0\)\n  learning_rate: .*2\.0\)\n  weight_decay: .*-1\)"
+    ):
         FineTuneConfig(epochs=0, learning_rate=2.0, weight_decay=-1)
     with pytest.raises(InputError, match="no examples"):
         fine_tune(classifier(place), None, [], collator(0), lambda m: (0.0, {}), FineTuneConfig())

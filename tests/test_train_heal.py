@@ -28,7 +28,7 @@ def test_it_heals_and_reports(capsys):
     heal(teacher, None, data, steps=60, objective=CE, learning_rate=1e-2, bf16=False)
     student, seen = gpt2(0, dropout=0.0), []
     result = heal(
-        student, teacher, data, tokens=8 * 16 * 60 - 5, batch_size=4, accumulate=2, learning_rate=1e-2, bf16=False,
+        student, teacher, data, tokens=8 * 16 * 60 - 5, batch_size=8, micro_batch=4, learning_rate=1e-2, bf16=False,
         log_every=20, progress=lambda step, total, logs: seen.append((step, total, logs.get("kl"))),
     )  # fmt: skip
     assert (result.steps, result.tokens) == (60, 60 * 8 * 16)  # the budget is rounded up to whole steps
@@ -101,7 +101,7 @@ def test_dense_control_needs_no_teacher():
 def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, killed_at):
     """N steps = k + resume + (N - k), with dropout, in the middle of and after the first pass over the data."""
     teacher, data = gpt2(1), Blocks(10)  # 2 x 2 blocks a step: an epoch ends within step 3
-    options = {"steps": 10, "batch_size": 2, "accumulate": 2, "bf16": False, "log_every": 2, "dropout": True}
+    options = {"steps": 10, "batch_size": 4, "micro_batch": 2, "bf16": False, "log_every": 2, "dropout": True}
     whole = gpt2(0)
     true = heal(whole, teacher, data, **options)
     options["save_steps"] = 2
@@ -193,12 +193,15 @@ def test_output_of_another_run_is_not_touched(tmp_path):
     [
         ({}, "either as tokens or as steps"),
         ({"steps": 1, "tokens": 1}, "only one of them"),
-        ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"steps": 1, "batch_size": 0, "learning_rate": -1.0}, "batch_size=0 .*; learning_rate=-1.0"),
-        ({"steps": 1, "warmup": 1.0}, "warmup=1.0"),
+        ({"steps": 0}, r"steps: .*greater than or equal to 1 \(given: 0\)"),
+        (
+            {"steps": 1, "batch_size": 0, "learning_rate": -1.0},
+            r"2 faults:\n  batch_size: .*given: 0\)\n  learning_rate: .*-1\.0",
+        ),
+        ({"steps": 1, "warmup": 1.0}, r"warmup: .*given: 1\.0"),
         ({"steps": 1, "schedule": "cosin"}, "unknown schedule 'cosin'. Did you mean 'cosine'"),
-        ({"steps": 1, "bf16": "maybe"}, "bf16='maybe'"),
-        ({"steps": 1, "learn_rate": 1.0}, "Unknown healing option 'learn_rate'. Did you mean 'learning_rate'"),
+        ({"steps": 1, "bf16": "maybe"}, "bf16.*given: 'maybe'"),
+        ({"steps": 1, "learn_rate": 1.0}, "learn_rate: unknown key. Did you mean 'learning_rate'"),
         ({"steps": 1, "save_steps": 1}, "output_dir"),
         ({"steps": 1, "resume": True}, "output_dir"),
     ],

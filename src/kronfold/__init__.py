@@ -17,9 +17,9 @@ __version__ = "0.3.0"
 
 # Public names and where they live; imported on first use, so that `import kronfold` stays light.
 _PUBLIC = {
-    "KroneckerSpec": "kronfold.base.specs",
-    "nearest_kronecker": "kronfold.decompose.nearest",
-    "permuted_kronecker": "kronfold.decompose.permute",
+    "KroneckerSpec": "kronfold.structures.kronecker",
+    "nearest_kronecker": "kronfold.structures.kronecker",
+    "permuted_kronecker": "kronfold.structures.kronecker",
     "plan": "kronfold.pipelines.compress",
     "compress": "kronfold.pipelines.compress",
     "heal": "kronfold.train.heal",

@@ -38,6 +38,24 @@ class OutputError(InputError):
     """The output place exists already or cannot be written."""
 
 
+class NotFiniteError(InputError):
+    """A number that must be finite is NaN or infinite: a weight about to be saved, a teacher's output, a result."""
+
+
+class DivergedError(NotFiniteError):
+    """A training stopped because its loss, its gradients or its weights were no longer finite.
+
+    Attributes:
+        since: the first step (from 1) whose loss was no longer sound.
+        finding: the message without what is said of checkpoints and resuming.
+    """
+
+    def __init__(self, message: str, since: int = 1, finding: str | None = None) -> None:
+        super().__init__(message)
+        self.since = since
+        self.finding = finding or message
+
+
 def suggest(name: str, allowed: Iterable[str], limit: int = 12) -> str:
     """One sentence: the names nearest to `name`, then all that are allowed (cut after `limit`).
 

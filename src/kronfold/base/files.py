@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kronfold.base.errors import OutputError
+from kronfold.base.errors import NotFiniteError, OutputError
 
 
 def _explain(path: Path, error: OSError) -> OutputError:
@@ -138,8 +139,29 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, document: Any) -> None:
-    """Write a JSON document atomically, indented, keys in the order given. Raises OutputError."""
+    """Write a JSON document atomically, indented, keys in the order given.
+
+    Raises NotFiniteError for numbers that JSON does not know, NaN and infinity, and OutputError.
+    """
+    if faults := list(_not_finite(document)):
+        more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
+        raise NotFiniteError(
+            f"{path} was not written: {', '.join(faults[:4])}{more}. A number that is not finite is no result; find "
+            "out which model or text gives it."
+        )
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _not_finite(value: Any, place: str = "") -> Iterator[str]:
+    """`stages[0].loss is nan`, for every such number in a document."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{place or 'the document'} is {value}"
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _not_finite(entry, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for index, entry in enumerate(value):
+            yield from _not_finite(entry, f"{place}[{index}]")
 
 
 def sha256_of(*paths: str | Path) -> str:

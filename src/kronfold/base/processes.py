@@ -16,7 +16,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
-from kronfold.base.errors import KronfoldError
+from kronfold.base.errors import InputError, KronfoldError
 
 T = TypeVar("T")
 
@@ -192,3 +192,27 @@ def _asks_first() -> bool:
         return store.add(key, 1) == 1
     except (KeyError, RuntimeError):  # the launcher keeps no store, or it is gone
         return is_main()
+
+
+def split_batch(batch: int, micro_batch: int | None) -> tuple[int, int]:
+    """(blocks per process and micro-batch, micro-batches per step) of steps over `batch` blocks in all.
+
+    `micro_batch`: the most blocks a process takes through the models at once; None for its whole share.
+    Raises InputError when the batch cannot be split into equal parts.
+    """
+    processes = count()
+    if batch % processes:
+        fitting = ", ".join(str(n) for n in range(1, batch + 1) if batch % n == 0)
+        raise InputError(
+            f"A batch of {batch} blocks cannot be shared equally by {processes} processes. Start a number of them that "
+            f"divides it ({fitting}), or choose a batch size that is a multiple of {processes}."
+        )
+    share = batch // processes
+    if micro_batch is None or micro_batch >= share:
+        return share, 1
+    if micro_batch < 1 or share % micro_batch:
+        raise InputError(
+            f"A micro-batch of {micro_batch} does not divide the {share} blocks that each of {processes} process(es) "
+            f"takes per step. Choose one of {', '.join(str(n) for n in range(1, share + 1) if share % n == 0)}."
+        )
+    return micro_batch, share // micro_batch

@@ -251,16 +251,18 @@ def heal(
     json: t.Json = False,
 ) -> None:
     """Continue training a compressed model by distillation from the original."""
+    from kronfold.options import read
+    from kronfold.options.healing import HealConfig
     from kronfold.pipelines.healing import heal_to
-    from kronfold.planner.recipe import HealRecipe, validate
 
     device = t.prepare(device, seed)
-    recipe = validate(
-        HealRecipe,
+    recipe = read(
+        HealConfig,
         {
             "tokens": heal_tokens,
             "learning_rate": learning_rate,
             "batch_size": batch_size,
+            "micro_batch": micro_batch,
             "objective": {
                 **t.named_values(method_option, "--method-option"),
                 "ce": ce,
@@ -274,7 +276,7 @@ def heal(
     with t.progress_bar() as report:
         document = heal_to(
             model, t.resolve_model(teacher), train_text, output, recipe, eval_text=eval_text, protocol=protocol,
-            seed=seed, device=device, dtype=dtype, micro_batch=micro_batch, offline_teacher=offline_teacher,
+            seed=seed, device=device, dtype=dtype, offline_teacher=offline_teacher,
             resume=resume, overwrite=overwrite, report=report,
         )  # fmt: skip
     t.emit(document, json, _saved(document, output))

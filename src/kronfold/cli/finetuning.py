@@ -54,19 +54,17 @@ def finetune(
 ) -> None:
     """Fine-tune a model on a task of GLUE, structured layers kept; several seeds, optionally from a teacher."""
     from kronfold.base.errors import InputError
-    from kronfold.distill import ObjectiveConfig
+    from kronfold.options.finetune import LABELS_ONLY, FineTuneConfig
+    from kronfold.options.healing import ObjectiveConfig
     from kronfold.pipelines import finetune as pipeline
     from kronfold.report.evaluations import finetune_table
-    from kronfold.train.classify import LABELS_ONLY, FineTuneConfig
 
     if not teacher and (method != "kd" or method_option):
         raise InputError("--method and --method-option say how to learn from a teacher; give --teacher too.")
     objective = LABELS_ONLY
     if teacher:
         extra = t.named_values(method_option, "--method-option")
-        objective = ObjectiveConfig.from_mapping(
-            {"method": method, "kl": kl, "ce": ce, "temperature": temperature, **extra}
-        )
+        objective = ObjectiveConfig(method=method, kl=kl, ce=ce, temperature=temperature, **extra)
     options = pipeline.FineTuneOptions(
         model=t.resolve_model(model),
         task=task,

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from kronfold.base.errors import DataError, InputError, suggest
-from kronfold.planner.recipe import validate
+from kronfold.base.errors import DataError, InputError, RecipeError, suggest
+from kronfold.options import Options, read
 
 FORMATS = ("jsonl", "parquet")
 # In the order in which they act: repair first, so that all others see the text as it was meant; what judges a document
@@ -45,7 +45,7 @@ _OURS = {"exclusion_writer", "seed", "hash_config", "norm_config"}  # set by the
 _TAKES_WORDS = ("boilerplate", "repetition", "quality")
 
 
-class CleanSettings(BaseModel):
+class CleanSettings(Options):
     """`filters`: names out of FILTERS. `options`: by filter, arguments of the datatrove block that does the work.
 
     `shard_megabytes`: text per shard, in millions of characters; a task of the pipeline is one shard, so the result
@@ -54,10 +54,10 @@ class CleanSettings(BaseModel):
     env_command, ...). `examples`: drops quoted per filter in the manifest.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    error = RecipeError
 
     filters: tuple[str, ...] = Field(default=DEFAULT_FILTERS, min_length=1)
-    options: dict[str, dict[str, Any]] = {}
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     text_column: str = "text"
     format: Literal["jsonl", "parquet"] = "jsonl"
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -65,7 +65,7 @@ class CleanSettings(BaseModel):
     examples: int = Field(default=3, ge=0, le=100)
     workers: int = Field(default=1, ge=1)
     executor: Literal["local", "slurm", "ray"] = "local"
-    cluster: dict[str, Any] = {}
+    cluster: dict[str, Any] = Field(default_factory=dict)
 
     def shaping(self) -> dict[str, Any]:
         """The fields that shape the result: all but where and by how many processes it is made."""
@@ -94,7 +94,7 @@ def load_settings(source: str | Path | CleanSettings | None, **changes: Any) -> 
             raise InputError(f"Settings {source} are not valid YAML: {error}") from error
     if isinstance(document, dict):
         document = {**document, **{key: value for key, value in changes.items() if value is not None}}
-    settings: CleanSettings = validate(CleanSettings, document, "Cleaning settings")
+    settings = read(CleanSettings, document, "Cleaning settings")
     _check_names(settings)
     require("datatrove", "ftfy")
     for name in sorted({*settings.options} & {*_CLASSES}):

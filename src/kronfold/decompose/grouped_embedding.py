@@ -17,8 +17,7 @@ from torch import Tensor
 from kronfold.base.errors import InputError, ShapeError
 from kronfold.base.specs import GroupedEmbeddingSpec
 from kronfold.decompose.low_rank import pivoted
-from kronfold.decompose.nearest import check_weight
-from kronfold.decompose.weighting import Weighting, root
+from kronfold.decompose.weighting import Weighting, check_weight, root
 
 Group = tuple[Tensor, Tensor, Tensor]
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from kronfold.base.specs import LowRankSpec
-from kronfold.decompose.nearest import check_weight
-from kronfold.decompose.weighting import Weighting, root
+from kronfold.decompose.weighting import Weighting, check_weight, root
 
 
 @dataclass

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from kronfold.base.errors import InputError
 from kronfold.base.specs import SumSpec
-from kronfold.decompose.nearest import check_weight
-from kronfold.decompose.weighting import Weighting
+from kronfold.decompose.weighting import Weighting, check_weight
 
 SWEEPS = 10
 TOLERANCE = 1e-3  # relative fall of the error in a sweep below which no other follows

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from kronfold.base.tensor_train import TensorTrainSpec
-from kronfold.decompose.nearest import check_weight
-from kronfold.decompose.weighting import Weighting
+from kronfold.decompose.weighting import Weighting, check_weight
 
 CHUNK_NUMBERS = 1 << 22  # float64 numbers of rows decomposed at a time (32 MiB)
 

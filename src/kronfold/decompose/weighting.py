@@ -9,6 +9,7 @@ and Grosse 2015, arXiv 1503.05671, equation 23).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,35 @@ class Weighting:
         """`sqrt(tr(G D H Dᵀ) / tr(G W H Wᵀ))` with D = W − Ŵ, unitless. 0 where the weight itself costs nothing."""
         total = self.squared_error(weight)
         return (self.squared_error(weight - approximation) / total) ** 0.5 if total else 0.0
+
+
+def check_weight(weight: Tensor, spec: Any) -> Tensor:
+    """`weight` detached on the CPU in its own dtype, once it is known to fit `spec`, a typed spec of any structure.
+
+    Raises ShapeError: not a matrix of the spec's shape. InputError: not floating point, NaN or infinities, only zeros.
+    """
+    if weight.dim() != 2:
+        raise ShapeError(
+            f"A weight must be a matrix (out_features, in_features); got shape {tuple(weight.shape)}. "
+            "Pass one layer at a time, or nearest_kronecker_batch for a stack."
+        )
+    spec.check_weight((weight.shape[0], weight.shape[1]))
+    if not weight.is_floating_point():
+        raise InputError(
+            f"A weight must hold floating-point numbers; got {weight.dtype}. Dequantise it or call .float() first."
+        )
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise InputError(
+            f"The weight {tuple(weight.shape)} holds {bad} values that are NaN or infinite; only finite numbers can "
+            "be decomposed. Check the checkpoint, or a cast to float16 that overflowed."
+        )
+    if not weight.any():
+        raise InputError(
+            f"The weight {tuple(weight.shape)} is all zeros: its relative error is undefined. "
+            "Leave this layer out of the plan."
+        )
+    return weight.detach().cpu()
 
 
 def covariance(second: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ from kronfold.distill.chunked import chunked_loss, head_parameters
 from kronfold.distill.losses import IGNORE, LOSSES, Loss, count_tokens
 from kronfold.distill.method import Method
 from kronfold.distill.methods import METHODS
-from kronfold.distill.objective import Objective, ObjectiveConfig
+from kronfold.distill.objective import Objective
 from kronfold.distill.pairs import check_head, check_pair, is_classifier
 from kronfold.distill.signals import Batch, Moment, Signals
+from kronfold.options.healing import ObjectiveConfig
 
 __all__ = [
     "IGNORE",

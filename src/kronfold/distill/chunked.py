@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kronfold.base.errors import InputError
-from kronfold.distill.losses import LOSSES
-from kronfold.distill.top_k import TopK
+from kronfold.distill.losses import LOSSES, TopK
 
 # Logit elements per inner block. On 2 cores with 2 MB of L2 each, 2^17 to 2^20 are equally good at a
 # vocabulary of 50,257 and 3.5x faster than 2^26. Elsewhere the whole chunk is one block, for fewer kernel

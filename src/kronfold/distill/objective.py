@@ -2,100 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kronfold.base.errors import InputError, suggest
+from kronfold.base.errors import InputError
 from kronfold.distill import method as methods
 from kronfold.distill.attention import attention_fault
 from kronfold.distill.chunked import chunked_loss, head_parameters
-from kronfold.distill.layers import Shape
-from kronfold.distill.losses import IGNORE, LOSSES, REGRESSION_LOSSES, count_tokens
-from kronfold.distill.method import Method
+from kronfold.distill.losses import IGNORE, LOSSES, REGRESSION_LOSSES, TopK, count_tokens
+from kronfold.distill.method import Method, Shape
 from kronfold.distill.methods import METHODS
 from kronfold.distill.signals import START, Batch, Moment, Signals, at_least_float32, causal_weights, sequence_weights
-from kronfold.distill.top_k import TopK
+from kronfold.options.healing import ObjectiveConfig
 
 Extra = Callable[[Batch], tuple[dict[str, Tensor], Tensor | None]]
 
 
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """Method, weights of the losses of the logits, and the method's own options; weight 0 leaves a loss out.
-
-    Args:
-        kl: weight of T² KL(teacher ‖ student), per-token mean. Above 0 a teacher is needed.
-        ce: weight of next-token cross entropy, per-token mean.
-        temperature: T of `kl`.
-        chunk_tokens: logits alive at a time; changes memory and speed, not the result.
-        method: a name of `METHODS`. The default, `kd`, is `kl` and `ce` alone.
-        options: of the method, by name.
-
-    Raises:
-        InputError: a weight below 0 or infinite, all weights 0, a temperature or chunk_tokens not above 0, an unknown
-            method or option (with near names), an option that cannot be used.
-    """
-
-    kl: float = 1.0
-    ce: float = 0.1
-    temperature: float = 1.0
-    chunk_tokens: int = 1024
-    method: str = "kd"
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        named = {name: value for name, value in asdict(self).items() if name in LOSSES}
-        bad = [f"{name}={value}" for name, value in named.items() if not 0 <= value < math.inf]
-        if not math.isfinite(self.temperature) or self.temperature <= 0:
-            bad.append(f"temperature={self.temperature} (must be above 0; 1 to 4 is usual)")
-        if self.chunk_tokens < 1:
-            bad.append(f"chunk_tokens={self.chunk_tokens} (must be at least 1; 1024 is usual)")
-        built = METHODS.get(self.method)(self) if not bad else None
-        if not any(named.values()) and not (built and built.term_weights):
-            bad.append(f"every weight is 0; set at least one of {', '.join(named)}")
-        if bad:
-            raise InputError(f"Objective cannot be used: {'; '.join(bad)}. Weights are finite numbers from 0 up.")
-
-    @classmethod
-    def from_mapping(cls, given: Mapping[str, Any]) -> ObjectiveConfig:
-        """From one flat mapping, as recipes write it: what is no field of the config is an option of the method.
-
-        Raises InputError for names that are neither, with the nearest that are.
-        """
-        own = {f.name for f in fields(cls)} - {"options"}
-        name = given.get("method", "kd")
-        extra = {key: value for key, value in given.items() if key not in own}
-        allowed = own | {f.name for f in fields(METHODS.get(name).options_type)}
-        unknown = [key for key in extra if key not in allowed]
-        if unknown:
-            raise InputError(
-                f"Unknown key {unknown[0]!r} in an objective of method {name!r}. "
-                f"{suggest(unknown[0], allowed, limit=24)}"
-            )
-        return cls(**{key: value for key, value in given.items() if key in own}, options=extra)
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Loss name to weight, only those above 0."""
-        return {name: value for name, value in asdict(self).items() if name in LOSSES and value > 0}
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether anything of the objective is compared with a teacher."""
-        return METHODS.get(self.method)(self).needs_teacher
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 class Objective:
     """A config made callable. For language models it shifts the labels: position i predicts token i + 1.
+
+    Raises InputError: an unknown method or option (with near names), an option that cannot be used, no
+    weight above 0.
 
     Attributes:
         method: the method, which `bind` must have seen the pair for, if it has terms of its own. Its parameters are to
@@ -105,13 +35,20 @@ class Objective:
     def __init__(self, config: ObjectiveConfig | None = None) -> None:
         self.config = config or ObjectiveConfig()
         self.method: Method = METHODS.get(self.config.method)(self.config)
+        if not self.config.weights and not self.method.term_weights:
+            raise InputError("Every weight of the objective is 0; set at least one of ce, kl.")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether anything of the objective is compared with a teacher."""
+        return self.method.needs_teacher
 
     def bind(self, student: PreTrainedModel, teacher: PreTrainedModel | None, seed: int = 0) -> None:
         """Check the method against the pair and build its projections, the same for the same seed.
 
         Raises InputError, every reason a method has: layers out of range, heads that differ, no attention maps.
         """
-        teacher = teacher if self.config.needs_teacher else None
+        teacher = teacher if self.needs_teacher else None
         shapes = [Shape.of(m) for m in (student, teacher) if m is not None]
         methods.bind(self.method, shapes[0], shapes[1] if teacher is not None else None, seed)
         wanted = self.method.attention

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kronfold.distill.attention import Attention, RecordedAttention
+from kronfold.distill.attention import Attention, RecordedAttention, recorded_divergence
 from kronfold.distill.losses import IGNORE
-from kronfold.distill.map_divergence import recorded_divergence
 
 # Elements of an attention map alive at a time and side: 16 rows of 1024 tokens and 2 heads, 128 MB in float32.
 _MAP_ELEMENTS = 1 << 25

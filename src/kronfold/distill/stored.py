@@ -24,12 +24,12 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from kronfold.base.errors import CheckpointError, InputError
-from kronfold.distill.method import Method
+from kronfold.distill.losses import IDS, LOG_PROBS
 from kronfold.distill.methods import METHODS
-from kronfold.distill.objective import ObjectiveConfig
+from kronfold.distill.objective import Objective
 from kronfold.distill.pairs import is_classifier, vocabulary
-from kronfold.distill.top_k import IDS, LOG_PROBS
 from kronfold.models.calibrate import fingerprint
+from kronfold.options.healing import ObjectiveConfig
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -180,7 +180,7 @@ class StoredTeacher:
 
     def check_objective(self, config: ObjectiveConfig) -> None:
         """Raises InputError with every reason why this objective cannot be learnt from what is stored."""
-        method: Method = METHODS.get(config.method)(config)
+        method = Objective(config).method
         faults = []
         if not method.learns_from_top_k:
             able = ", ".join(sorted(name for name in METHODS if METHODS.get(name).learns_from_top_k))

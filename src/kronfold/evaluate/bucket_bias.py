@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kronfold.data.packing import TokenBlocks
+from kronfold.distill.losses import TopK, bucketed_kl, top_k
 from kronfold.distill.pairs import check_pair
-from kronfold.distill.top_k import TopK, bucketed_kl, top_k
 
 
 @torch.no_grad()

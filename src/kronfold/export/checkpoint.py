@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from kronfold.base.errors import CheckpointError
 from kronfold.base.files import explain_write_errors
+from kronfold.models.finite import check_finite
 from kronfold.models.safetensors_header import read_headers
 
 
@@ -46,10 +48,18 @@ def check_tensors(model: PreTrainedModel, specs: Mapping[str, Any], files: Itera
         )
 
 
-def write_model(model: PreTrainedModel, tokenizer: Any, place: str | Path) -> None:
-    """Model and tokenizer into the directory `place`, readable like any other file. Raises OutputError."""
+def write_model(model: PreTrainedModel, tokenizer: Any, place: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Model and tokenizer (None for none) into the directory `place`, readable like any other file.
+
+    The model is brought to `dtype` first, if one is given. Raises OutputError; NotFiniteError, with the model as it
+    was, for weights that are not finite or would not be in that dtype.
+    """
+    check_finite(model, dtype)
+    if dtype is not None:
+        model.to(dtype)
     with explain_write_errors(place):
         model.save_pretrained(place)
-        tokenizer.save_pretrained(place)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(place)
         for file in Path(place).glob("*.safetensors"):
             file.chmod(0o644)  # safetensors creates them for the owner alone

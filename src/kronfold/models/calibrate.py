@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kronfold.base.errors import DataError, InputError
+from kronfold.base.errors import DataError, InputError, NotFiniteError
 from kronfold.base.files import explain_write_errors, write_json
 from kronfold.models.families import family_of
+from kronfold.models.finite import check_finite, listed, not_finite
 from kronfold.models.linear_view import LinearView, is_tied, sites
 from kronfold.models.statistics import MomentFiles, Statistics
 
@@ -50,7 +51,7 @@ def calibrate(
 
     Raises:
         DataError: no windows, or windows of fewer than 2 tokens. InputError: ids beyond the vocabulary, windows beyond
-            the model's context, a model of several dtypes, or one whose logits on the text are not finite.
+            the model's context, a model of several dtypes. NotFiniteError: logits or sums that are not finite.
             OutputError: the directory cannot be written.
     """
     check_windows(model, windows)
@@ -66,6 +67,7 @@ def calibrate(
         for i, group in enumerate(groups):
             found = gatherer.run(group, windows, with_gradients, seed, i == 0, _part(progress, i, len(groups)))
             reads |= gatherer.reads
+            check_finite(found.items(), what="The calibration statistics")
             if place is None:
                 tensors |= found
             else:
@@ -117,9 +119,11 @@ class _Gatherer:
         with torch.set_grad_enabled(backward):
             logits = self.model(input_ids=ids, use_cache=False).logits[0].float()
             if not torch.isfinite(logits).all():
-                raise InputError(
+                faults = listed(not_finite(self.model.named_parameters()))
+                raise NotFiniteError(
                     "The model gives NaN or infinite logits on the calibration text; it cannot be calibrated. "
                     "Load it in float32 and check the checkpoint."
+                    + (f" Weights that are not finite:{faults}" if faults.strip() else "")
                 )
             if backward:
                 with torch.no_grad():

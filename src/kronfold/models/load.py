@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from kronfold.base.errors import CheckpointError, InputError
+from kronfold.models.finite import listed, not_finite
 from kronfold.models.presets import PRESETS, preset_config
 from kronfold.models.safetensors_header import read_headers
 
@@ -55,19 +56,23 @@ def load_config(source: str | Path) -> PretrainedConfig:
 
 
 def load_model(source: str | Path, dtype: torch.dtype | str = torch.float32, device: str = "cpu") -> PreTrainedModel:
-    """MODEL with its weights, in eval mode. `dtype` "auto" keeps that of the file.
+    """MODEL with its weights, in eval mode. `dtype` "auto" keeps that of the file, for a look at it.
+
+    Weights that will be computed with (any other dtype) must be finite.
 
     Raises:
-        CheckpointError: config or weights missing, cut short, or not matching each other.
+        CheckpointError: config or weights missing, cut short, not matching each other, or not finite.
         InputError: a config:NAME, which has no weights; an unknown hub id without network.
     """
     text = str(source)
     if text.endswith(".gguf"):
         loaded = _from_gguf(AutoModelForCausalLM, text, dtype=dtype)
         loaded.hf_quantizer.remove_quantization_config(loaded)  # dequantised: ordinary numbers that train and save
+        _refuse_not_finite(text, loaded, dtype)
         return loaded.eval().to(device)
     model, faults = _load(AutoModelForCausalLM, text, dtype)
     _refuse(text, faults)
+    _refuse_not_finite(text, model, dtype)
     return model.to(device)
 
 
@@ -111,6 +116,7 @@ def load_classifier(
             f"{text} is no classifier with {outputs} output(s). Fine-tune it on the task first (kronfold finetune)."
         )
     _refuse(text, [fault for fault in faults if fault not in head])
+    _refuse_not_finite(text, model, dtype)
     return model.to(device)
 
 
@@ -178,6 +184,16 @@ def _refuse(text: str, faults: list[str]) -> None:
         shown = "\n  ".join(faults[:8]) + (f"\n  … and {len(faults) - 8} more" if len(faults) > 8 else "")
         raise CheckpointError(
             f"The weights in {text} do not match its config.json:\n  {shown}\nTake both files from the same checkpoint."
+        )
+
+
+def _refuse_not_finite(text: str, model: PreTrainedModel, dtype: torch.dtype | str) -> None:
+    """Raise CheckpointError for weights that are NaN or infinite, unless they are only looked at (`auto`)."""
+    if dtype != "auto" and (faults := not_finite(model.named_parameters())):
+        kind = str(dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"The weights in {text}, read as {kind}, are not finite:{listed(faults)}\nGet the checkpoint again from a "
+            "source where it is whole, or train it again with a lower learning rate."
         )
 
 

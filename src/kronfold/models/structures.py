@@ -14,20 +14,16 @@ from torch import Tensor
 
 from kronfold.base.errors import RecipeError, suggest
 from kronfold.base.registry import Registry
-from kronfold.base.specs import GroupedEmbeddingSpec, KroneckerSpec, LowRankSpec, Pair, SumSpec
+from kronfold.base.specs import GroupedEmbeddingSpec, LowRankSpec, Pair, SumSpec
 from kronfold.base.tensor_train import TensorTrainSpec
-from kronfold.decompose.fit import Fit
 from kronfold.decompose.grouped_embedding import grouped_embedding
 from kronfold.decompose.low_rank import nearest_low_rank
-from kronfold.decompose.modified_van_loan import with_equal_entries
-from kronfold.decompose.nearest import nearest_kronecker
-from kronfold.decompose.permute import permuted_kronecker
-from kronfold.decompose.pruned_kronecker import pruned_kronecker
 from kronfold.decompose.sum_fit import FitTerm, SumFit, sum_fit
 from kronfold.decompose.tensor_train import tensor_train
 from kronfold.decompose.weighting import Weighting
-from kronfold.nn import GroupedEmbedding, KroneckerLinear, LowRankLinear, SumLinear, TensorTrainEmbedding
+from kronfold.nn import GroupedEmbedding, LowRankLinear, SumLinear, TensorTrainEmbedding
 from kronfold.nn.structured import StructuredLinear
+from kronfold.structures import kronecker
 
 
 @dataclass(frozen=True)
@@ -54,30 +50,6 @@ class Structure:
         """The typed spec from its dict form (keys `structure`, ...)."""
         assert self.spec is not None
         return self.spec(**{key: value for key, value in spec.items() if key != "structure"})
-
-
-def fit_kronecker(weight: Tensor, spec: KroneckerSpec, seed: int, weighting: Weighting | None) -> Fit:
-    """Search permutations on the sides the spec asks for; without any, the nearest sum."""
-    if spec.searches_in or spec.searches_out:
-        return permuted_kronecker(weight, spec, seed=seed, weighting=weighting)
-    return nearest_kronecker(weight, spec, weighting)
-
-
-def ask_kronecker(shape: Pair, entry: Mapping[str, Any]) -> KroneckerSpec:
-    """`block` (out_b, in_b), `rank` (default 1), `permute`."""
-    if entry.get("block") is None:
-        raise RecipeError("structure kronecker needs a block: [out_b, in_b], e.g. [4, 2]")
-    if entry.get("ratio") is not None:
-        raise RecipeError("structure kronecker takes block and rank, not ratio")
-    permute = entry.get("permute", "both")
-    flags = {"permute_in": permute in ("in", "both"), "permute_out": permute in ("out", "both")}
-    return KroneckerSpec.for_weight(shape, entry["block"], entry.get("rank") or 1, **flags)
-
-
-def kronecker_sizes(spec: KroneckerSpec) -> list[KroneckerSpec]:
-    """All ranks that hold fewer numbers than the matrix."""
-    dense, term = spec.out_features * spec.in_features, spec.held_parameters // spec.rank
-    return [replace(spec, rank=rank) for rank in range(1, spec.max_rank + 1) if rank * term < dense]
 
 
 def low_rank_sizes(spec: LowRankSpec) -> list[LowRankSpec]:
@@ -171,7 +143,7 @@ def _term(entry: Mapping[str, Any]) -> Structure:
 
 def _plain(spec: Any) -> Any:
     """A Kronecker spec without the permutations that can change nothing: what its layer will hold."""
-    if not isinstance(spec, KroneckerSpec):
+    if not isinstance(spec, kronecker.KroneckerSpec):
         return spec
     return replace(spec, permute_in=spec.searches_in, permute_out=spec.searches_out)
 
@@ -185,15 +157,12 @@ STRUCTURES: Registry[Structure] = Registry("structure")
 STRUCTURES.register(
     "kronecker",
     Structure(
-        KroneckerSpec,
-        KroneckerLinear,
-        fit_kronecker,
-        ask_kronecker,
-        inits={
-            "modified_van_loan": lambda w, s, seed, h: with_equal_entries(fit_kronecker(w, s, seed, h)),
-            "pruning": lambda w, s, _seed, h: pruned_kronecker(w, s, h),
-        },
-        sizes=kronecker_sizes,
+        kronecker.KroneckerSpec,
+        kronecker.KroneckerLinear,
+        kronecker.fit,
+        kronecker.ask,
+        inits=kronecker.INITS,
+        sizes=kronecker.sizes,
     ),
 )
 STRUCTURES.register(

@@ -3,7 +3,6 @@
 from kronfold.nn.embedding import FactorizedEmbedding, TiedHead
 from kronfold.nn.fused import FusedLinear
 from kronfold.nn.grouped_embedding import GroupedEmbedding
-from kronfold.nn.kronecker_linear import KroneckerLinear
 from kronfold.nn.low_rank import LowRankLinear
 from kronfold.nn.structured import StructuredLinear
 from kronfold.nn.sum_linear import SumLinear
@@ -13,7 +12,6 @@ __all__ = [
     "FactorizedEmbedding",
     "FusedLinear",
     "GroupedEmbedding",
-    "KroneckerLinear",
     "LowRankLinear",
     "StructuredLinear",
     "SumLinear",

@@ -13,7 +13,7 @@ import torch
 
 from kronfold.base.files import write_json
 from kronfold.ops.cost import FORMAT_VERSION, Rates, forget, read_rates
-from kronfold.ops.kronecker import mix
+from kronfold.ops.few_rows import mix
 from kronfold.ops.permutation import permuted
 
 COPIES = 16  # weights in turn, more than most caches hold: in a model every layer reads one of its own

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 from kronfold.base.errors import RecipeError
 from kronfold.data.calibration import calibration_windows
 from kronfold.models.surgery import read_specs
+from kronfold.options import read
 from kronfold.pipelines.calibration import Calibration, calibrated
 from kronfold.pipelines.sequential import compress_sequentially
 from kronfold.pipelines.stage import compress_stage
 from kronfold.planner.budget import Budget, plan_for_budget
 from kronfold.planner.plan import Plan, PlanRow
-from kronfold.planner.recipe import AutoRecipe, Recipe, load_recipe, validate
+from kronfold.planner.recipe import AutoRecipe, Recipe, load_recipe
 
 Progress = Callable[[str, int, int], None]
 
@@ -29,7 +30,7 @@ def settings_of(recipe: str | Recipe | None, changes: Mapping[str, Any] | None =
     """
     own = load_recipe(recipe).auto if recipe is not None else None
     known = own.model_dump() if own else {}
-    return validate(AutoRecipe, {**known, **(changes or {})}, "These options")
+    return read(AutoRecipe, {**known, **(changes or {})}, "These options")
 
 
 def calibrate_on(

@@ -154,9 +154,9 @@ def save_checkpoint(
     overwrite: bool,
 ) -> None:
     """Save model, tokenizer and results.json in one atomic step, in `dtype` or in that of the checkpoint `source`."""
-    model.to(dtype or load_model(source, dtype="auto").dtype)
+    dtype = dtype or load_model(source, dtype="auto").dtype
     if read_specs(model):
         attach(model)
     with atomic_directory(output, overwrite) as place:
-        write_model(model, tokenizer, place)
+        write_model(model, tokenizer, place, dtype)
         write_json(place / "results.json", document)

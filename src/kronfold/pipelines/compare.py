@@ -26,17 +26,19 @@ from kronfold.evaluate.speed import generation_speed
 from kronfold.evaluate.texts import open_text
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer
+from kronfold.options.healing import HealConfig
 from kronfold.pipelines.auto import calibrate_on
 from kronfold.pipelines.calibration import Calibration
 from kronfold.pipelines.compare_rows import Objective, Row, check_rows, row_of, with_budget
 from kronfold.pipelines.gathers import absorb_gathers
-from kronfold.pipelines.healing import heal_by
 from kronfold.pipelines.progressive import run_stages
 from kronfold.pipelines.run_state import Report, Run, RunOptions
 from kronfold.pipelines.stage import keep_layers
 from kronfold.pipelines.steps import StepBook
 from kronfold.planner.budget import Budget
-from kronfold.planner.recipe import HealRecipe, Recipe, load_recipe
+from kronfold.planner.recipe import Recipe, load_recipe
+from kronfold.train.heal import heal
+from kronfold.train.watch import check_teacher_outputs
 
 # A dense model is near its optimum already; the larger steps that mend a broken one would throw it out.
 _DENSE_LEARNING_RATE = 2e-4
@@ -167,6 +169,7 @@ def compare(
     context = getattr(teacher.config, "max_position_embeddings", 1024)
     size = min(options.block_size or 1024, context)
     blocks = pack(documents(options.train_text), tokenizer, size, max_tokens=options.heal_tokens)
+    check_teacher_outputs(teacher, blocks[0]["input_ids"])
     for source in [*options.eval_texts.values(), *([options.lambada] if options.lambada else [])]:
         next(iter(documents(source)))  # an unreadable text must not surface after hours
     found = _calibrations(options, recipes, teacher, tokenizer, report)
@@ -258,16 +261,14 @@ def _dense(state: _Comparison) -> dict[str, Any]:
     """The control: the uncompressed model fine-tuned on the same tokens."""
     options, who = state.options, "the fine-tuned dense model"
     model = load_model(options.model, device=options.device)
-    settings = {"tokens": options.heal_tokens, "learning_rate": _DENSE_LEARNING_RATE, "objective": _TEXT_ONLY}
-    recipe = HealRecipe.model_validate(settings)
+    config = HealConfig(
+        tokens=options.heal_tokens, learning_rate=_DENSE_LEARNING_RATE, objective=_TEXT_ONLY, seed=options.seed
+    )
 
     def progress(step: int, total: int, _losses: Mapping[str, float]) -> None:
         state.report("fine-tune the dense model", step, total)
 
-    healed = heal_by(
-        recipe, model, state.teacher, state.blocks,
-        seed=options.seed, output_dir=None, resume=False, progress=progress,
-    )  # fmt: skip
+    healed = heal(model, None, state.blocks, config=config, device=model.device, progress=progress)
     return {
         **cost(model).to_dict(),
         **state.measure(model, who),

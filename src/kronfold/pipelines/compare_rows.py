@@ -11,12 +11,13 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from kronfold.base.errors import InputError, KronfoldError, RecipeError
+from kronfold.options.healing import HealConfig, ObjectiveConfig
 from kronfold.pipelines.auto import plan_auto
 from kronfold.pipelines.calibration import Calibration
 from kronfold.pipelines.objectives import check_objectives
 from kronfold.planner import planning
 from kronfold.planner.budget import Budget
-from kronfold.planner.recipe import HealRecipe, ObjectiveRecipe, Recipe
+from kronfold.planner.recipe import Recipe
 from kronfold.planner.sizing import Sized, plan_at_size
 
 Objective = Literal["own", "same"]
@@ -39,9 +40,9 @@ def with_budget(recipe: Recipe, tokens: int, objective: Objective) -> Recipe:
     """
     stages = list(recipe.stages)
     if not any(stage.heal for stage in stages):
-        stages[-1] = stages[-1].model_copy(update={"heal": HealRecipe.model_validate({"tokens": tokens})})
+        stages[-1] = stages[-1].model_copy(update={"heal": HealConfig(tokens=tokens)})
     if objective == "same":
-        same = {"objective": ObjectiveRecipe.model_validate({})}
+        same = {"objective": ObjectiveConfig()}
         stages = [
             stage.model_copy(update={"heal": stage.heal.model_copy(update=same)}) if stage.heal else stage
             for stage in stages

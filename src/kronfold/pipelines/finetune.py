@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ def _check(options: FineTuneOptions) -> glue.Task:
         raise InputError(f"Task {task.name} has {len(task.dev)} dev set(s), {len(options.dev_files)} were given.")
     if options.columns and not options.train_file:
         raise InputError("--columns names the columns of local files; give --train-file and --dev-file too.")
-    if options.settings.objective.needs_teacher and not options.teacher:
+    if Objective(options.settings.objective).needs_teacher and not options.teacher:
         raise InputError("This method learns from a teacher: give --teacher, a classifier fine-tuned on the task.")
     return task
 
@@ -221,8 +221,9 @@ def _one_seed(
         model = load_classifier(
             options.model, bench.task.outputs, labels=bench.task.labels, pad=bench.pad, device=device
         )
+    settings = options.settings.model_copy(update={"seed": seed})
     trained = fine_tune(
-        model, teacher, bench.train, collator(bench.pad), bench.measure, replace(options.settings, seed=seed),
+        model, teacher, bench.train, collator(bench.pad), bench.measure, settings,
         device=device, progress=lambda done, total: report(f"fine-tune (seed {seed})", done, total),
     )  # fmt: skip
     best = trained.epochs[trained.best]
@@ -240,11 +241,10 @@ def _one_seed(
 
 
 def _save(model: PreTrainedModel, bench: _Bench, dtype: torch.dtype, place: Path) -> None:
-    model.to(dtype)
     if read_specs(model):
         attach(model)
     with atomic_directory(place, overwrite=True) as scratch:
-        write_model(model, bench.tokenizer, scratch)
+        write_model(model, bench.tokenizer, scratch, dtype)
 
 
 def _dtype(source: str, asked: str | None) -> torch.dtype:
@@ -254,9 +254,7 @@ def _dtype(source: str, asked: str | None) -> torch.dtype:
 
 
 def _settings(options: FineTuneOptions) -> dict[str, Any]:
-    kept = options.settings.to_dict()
-    del kept["seed"]
-    return kept
+    return options.settings.model_dump(mode="json", exclude={"seed"})
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

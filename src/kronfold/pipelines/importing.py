@@ -13,7 +13,7 @@ from transformers import GPT2Config
 
 from kronfold.base import results
 from kronfold.base.errors import CheckpointError, InputError
-from kronfold.base.files import atomic_directory, check_output, explain_write_errors, sha256_of, write_json
+from kronfold.base.files import atomic_directory, check_output, sha256_of, write_json
 from kronfold.export.checkpoint import write_model
 from kronfold.export.published_tq import model_from_tq
 from kronfold.models.cost import cost
@@ -49,24 +49,18 @@ def import_tq(
     file = _weights_file(Path(path))
     model = model_from_tq(read_state(file), _config_beside(file), heads)
     words = _tokenizer(file, tokenizer)
-    if saved_dtype:
-        model.to(saved_dtype)
     specs = read_specs(model)
-    document = results.document(
-        "import-tq",
-        None,
-        source={"file": file.name, "sha256": sha256_of(file)},
-        **cost(model).to_dict(),
-        head="tied" if model.config.tie_word_embeddings else "untied",
-        structured=sorted(specs),
-        tokenizer=words is not None,
-    )
     with atomic_directory(output, overwrite) as place:
-        if words is None:
-            with explain_write_errors(place):
-                model.save_pretrained(place)
-        else:
-            write_model(model, words, place)
+        write_model(model, words, place, saved_dtype)
+        document = results.document(
+            "import-tq",
+            None,
+            source={"file": file.name, "sha256": sha256_of(file)},
+            **cost(model).to_dict(),
+            head="tied" if model.config.tie_word_embeddings else "untied",
+            structured=sorted(specs),
+            tokenizer=words is not None,
+        )
         write_json(place / "results.json", document)
     return document
 

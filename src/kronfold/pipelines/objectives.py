@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from kronfold.base.errors import InputError, RecipeError
-from kronfold.distill.objective import ObjectiveConfig
-from kronfold.planner.recipe import HealRecipe, Recipe
-
-
-def objective_of(heal: HealRecipe) -> ObjectiveConfig:
-    """Raises InputError: an unknown method or option (with the nearest names), or a value that cannot be used."""
-    return ObjectiveConfig.from_mapping(heal.objective.model_dump())
+from kronfold.distill.objective import Objective
+from kronfold.planner.recipe import Recipe
 
 
 def check_objectives(recipe: Recipe) -> None:
@@ -18,7 +13,7 @@ def check_objectives(recipe: Recipe) -> None:
     for stage in recipe.stages:
         try:
             if stage.heal:
-                objective_of(stage.heal)
+                Objective(stage.heal.objective)
         except InputError as error:
             faults.append(f"{stage.name}.heal.objective: {error}")
     if faults:

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kronfold.base.errors import InputError, RecipeError
-from kronfold.decompose.nearest import nearest_kronecker
 from kronfold.decompose.weighting import Weighting
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import LinearView
@@ -20,6 +19,7 @@ from kronfold.models.surgery import STRUCTURED_EMBEDDING, dense_part
 from kronfold.nn import FactorizedEmbedding, FusedLinear, GroupedEmbedding, TensorTrainEmbedding, TiedHead
 from kronfold.planner import planning
 from kronfold.planner.plan import PlanRow
+from kronfold.structures.kronecker import nearest_kronecker
 
 
 def fit_row(weight: Tensor, row: PlanRow, seed: int, weighting: Weighting | None = None) -> tuple[Any, float]:

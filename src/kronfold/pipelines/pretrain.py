@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -25,27 +25,25 @@ from transformers import (
 )
 
 from kronfold.base import results
-from kronfold.base.errors import DataError, OutputError, RecipeError
+from kronfold.base.errors import DataError, DivergedError, OutputError, RecipeError
 from kronfold.base.files import atomic_directory, check_output, write_json
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
 from kronfold.data.stdlib import split_of, stdlib_documents
 from kronfold.data.tokenizer import train_tokenizer
 from kronfold.evaluate.perplexity import perplexity
+from kronfold.export.checkpoint import write_model
+from kronfold.options import Options, read
 from kronfold.pipelines.model_card import model_card
-from kronfold.planner.recipe import validate
 from kronfold.train import checkpoints
 from kronfold.train.precision import bf16_is_fast
+from kronfold.train.watch import WatchedTrainer
 
 Progress = Callable[[int, int, dict[str, float]], None]
 _COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataConfig(_Strict):
+class DataConfig(Options):
     """`source`: "stdlib", or paths and datasets ids; `holdout`: share of documents for validation, by their hash."""
 
     source: str | Annotated[list[str], Field(min_length=1)] = "stdlib"
@@ -53,13 +51,13 @@ class DataConfig(_Strict):
     text_column: str = "text"
 
 
-class TokenizerConfig(_Strict):
+class TokenizerConfig(Options):
     """Byte-level BPE, trained on the training split."""
 
     vocab_size: int = Field(default=4096, ge=257)
 
 
-class ModelConfig(_Strict):
+class ModelConfig(Options):
     """Sizes of a GPT-2, named as in `GPT2Config`."""
 
     n_positions: int = Field(default=256, ge=2)
@@ -74,7 +72,7 @@ class ModelConfig(_Strict):
         return self
 
 
-class TrainingConfig(_Strict):
+class TrainingConfig(Options):
     """AdamW with linear warm-up (share of the steps) and cosine decay to 0; `batch_size` in blocks of n_positions.
 
     `dropout` acts on embeddings and residual branches during training and is 0 in the config that is saved.
@@ -94,8 +92,10 @@ class TrainingConfig(_Strict):
     compile: bool = False
 
 
-class PretrainConfig(_Strict):
+class PretrainConfig(Options):
     """A whole pre-training run. `name` heads the model card."""
+
+    error = RecipeError
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     data: DataConfig = DataConfig()
@@ -118,7 +118,7 @@ def load_pretrain_config(source: str | Path | PretrainConfig) -> PretrainConfig:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"Config {path} is not valid YAML: {error}") from error
-    config: PretrainConfig = validate(PretrainConfig, document, f"Config {path}")
+    config = read(PretrainConfig, document, f"Config {path}")
     return config
 
 
@@ -139,7 +139,8 @@ def pretrain(
     last loss, eval_loss and learning_rate. The perplexity in the results is of the fp16 weights as read back.
 
     Raises RecipeError (config), DataError (text), OutputError (place taken, unfinished run there, not writable),
-    CheckpointError (`resume` with other settings or data).
+    CheckpointError (`resume` with other settings or data), DivergedError (the loss or weights are no longer finite; a
+    resumed run with a lower training.learning_rate goes on from the last good checkpoint).
     """
     config = load_pretrain_config(config)
     if seed is not None:
@@ -166,7 +167,10 @@ def pretrain(
     set_seed(config.seed)
     model = GPT2LMHeadModel(_gpt2_config(config, tokenizer))
     start = time.perf_counter()
-    trainer = _train(model, config, blocks, partial, checkpoint, progress)
+    try:
+        trainer = _train(model, config, blocks, partial, checkpoint, progress)
+    except DivergedError as error:
+        raise checkpoints.mark_diverged(partial, settings, error) from error
     seconds = time.perf_counter() - start
     run = {
         "config": config.model_dump(mode="json"),
@@ -272,7 +276,8 @@ def _train(
     )
     if args.n_gpu > 1:
         args._n_gpu = 1  # several GPUs are for torchrun; nn.DataParallel would multiply the batch size unseen
-    trainer = Trainer(
+    trainer = WatchedTrainer(
+        activity="pre-training",
         model=model,
         args=args,
         train_dataset=blocks["train"],
@@ -325,8 +330,7 @@ def _write(
 ) -> dict[str, Any]:
     model.config.resid_pdrop = model.config.embd_pdrop = 0.0  # dropout belongs to this run, not to the model
     model.config.use_cache = True  # the Trainer switched it off
-    model.half().save_pretrained(place)
-    tokenizer.save_pretrained(place)
+    write_model(model, tokenizer, place, torch.float16)
     shipped = GPT2LMHeadModel.from_pretrained(place, dtype=torch.float32)
     found = perplexity(shipped, tokenizer, validation, "sliding")
     document = results.document("pretrain", config.seed, perplexity=found.perplexity, **run, evaluation=found.to_dict())

@@ -20,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kronfold.base import processes, results
-from kronfold.base.errors import InputError, suggest
+from kronfold.base.errors import DivergedError, InputError, suggest
 from kronfold.base.files import check_output, explain_write_errors, sha256_of_source, swap_directory, write_json
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
@@ -30,19 +30,20 @@ from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer
 from kronfold.models.surgery import read_specs
+from kronfold.options.healing import HealConfig
 from kronfold.pipelines.auto import calibrate_on, plan_auto, settings_of
 from kronfold.pipelines.calibration import Calibration
 from kronfold.pipelines.gathers import absorb_gathers
-from kronfold.pipelines.healing import heal_by
 from kronfold.pipelines.objectives import check_objectives
 from kronfold.pipelines.run_state import Control, Report, Run, RunOptions
 from kronfold.pipelines.stage import keep_layers
 from kronfold.pipelines.steps import StepBook
-from kronfold.pipelines.together import made_once, split_batch
+from kronfold.pipelines.together import made_once
 from kronfold.planner import planning
 from kronfold.planner.plan import Plan, PlanRow
-from kronfold.planner.recipe import HealRecipe, Recipe, load_recipe
-from kronfold.train.heal import HealResult
+from kronfold.planner.recipe import Recipe, load_recipe
+from kronfold.train.heal import HealResult, heal
+from kronfold.train.watch import check_teacher_outputs
 
 
 def run(
@@ -77,10 +78,12 @@ def run(
     check_objectives(recipe)
     for stage in recipe.stages:
         if stage.heal:
-            split_batch(stage.heal.batch_size, options.micro_batch)
+            processes.split_batch(stage.heal.batch_size, options.micro_batch)
     teacher = load_model(options.model, device=options.device)
     tokenizer = load_tokenizer(options.model)
     given = None if recipe.auto else planning.plan(teacher, recipe)
+    blocks = processes.on_main(lambda: _blocks(options, recipe, teacher, tokenizer))
+    check_teacher_outputs(teacher, blocks[0]["input_ids"])
     found = processes.on_main(lambda: _calibrate(options, recipe, teacher, given, tokenizer, report), share=False)
 
     def plan_for_budget() -> Plan:
@@ -88,7 +91,6 @@ def run(
         return plan_auto(teacher, found, recipe, options.budget, progress=report)
 
     plan = given or processes.on_main(plan_for_budget)
-    blocks = processes.on_main(lambda: _blocks(options, recipe, teacher, tokenizer))
     next(iter(documents(options.eval_text)))  # an unreadable evaluation text must not surface after hours
     work = output.with_name(output.name + ".partial")
     fingerprint = processes.on_main(lambda: _fingerprint(options, recipe, blocks))
@@ -160,14 +162,13 @@ def _searches(state: Run) -> bool:
 def _blocks(options: RunOptions, recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any) -> TokenBlocks:
     context = getattr(teacher.config, "max_position_embeddings", 1024)
     size = min(options.block_size or 1024, context)
-    budget = sum(stage.heal.tokens for stage in recipe.stages if stage.heal)
+    budget = sum(stage.heal.tokens or 0 for stage in recipe.stages if stage.heal)
     return pack(documents(options.train_text), tokenizer, size, max_tokens=budget or None)
 
 
 def _fingerprint(options: RunOptions, recipe: Recipe, blocks: TokenBlocks) -> dict[str, Any]:
-    free = ("device", "command", "name", "cache", "micro_batch")
+    free = ("device", "command", "name", "cache", "micro_batch", "dtype")  # dtype: of the last step alone
     fields = {key: value for key, value in asdict(options).items() if key not in free}
-    fields["dtype"] = str(options.dtype)
     fields["controls"] = sorted(options.controls)
     fields["model_sha256"] = sha256_of_source(options.model)
     fields["eval_sha256"] = sha256_of_source(options.eval_text)
@@ -290,34 +291,40 @@ def _trainer_of(place: Path) -> Path:
 
 
 def _heal(
-    state: Run, student: PreTrainedModel, recipe: HealRecipe, what: str, trainer_dir: Path | None, read: int
+    state: Run, student: PreTrainedModel, recipe: HealConfig, what: str, trainer_dir: Path | None, read: int
 ) -> HealResult:
     def progress(step: int, total: int, logs: dict[str, float] | None = None) -> None:
         loss = f" (loss {logs['loss']:.3f})" if logs and "loss" in logs else ""
         state.report(what + loss, step, total)
 
-    return heal_by(
-        recipe,
-        student,
-        state.teacher,
-        state.blocks,
-        seed=state.options.seed,
-        output_dir=trainer_dir,
-        resume=state.book.resumed,
-        progress=progress,
-        start_tokens=read,
-        micro_batch=state.options.micro_batch,
-    )
+    options = state.options
+    own = {"seed": options.seed, "start_tokens": read, "micro_batch": options.micro_batch}
+    try:
+        return heal(
+            student,
+            state.teacher,
+            state.blocks,
+            config=recipe.model_copy(update=own),
+            device=student.device,
+            output_dir=trainer_dir,
+            resume=state.book.resumed and trainer_dir is not None,
+            progress=progress,
+        )
+    except DivergedError as error:
+        raise DivergedError(
+            f"{what}: {error.finding} A recipe's learning rate belongs to the run: set learning_rate in the stages' "
+            "`heal` entries of a copy of the recipe, and start again with --overwrite.",
+            since=error.since,
+        ) from error
 
 
 def _finish(state: Run, student: PreTrainedModel, measured: dict[str, Any]) -> dict[str, Any]:
     """Save the student as it will be loaded, measure exactly that, and write results.json."""
     options = state.options
     dtype = options.dtype or load_model(options.model, dtype="auto").dtype
-    student.to(dtype)
     if read_specs(student):
         attach(student)
-    processes.on_main(lambda: write_model(student, state.tokenizer, state.work))
+    processes.on_main(lambda: write_model(student, state.tokenizer, state.work, dtype))
     final = state.perplexity(load_model(state.work, device=options.device), "the saved checkpoint")
     teacher, stages, controls = measured["teacher"], measured["stages"], measured["controls"]
     document = results.document(

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from kronfold.base.memory import give_back
-from kronfold.decompose.permute import one_thread
+from kronfold.ops.threads import one_thread
 
 AT_ONCE = 1 << 25  # numbers in all weights worked on at a time; a search holds about 40 bytes for each
 LARGE = 1 << 24  # numbers, from which a weight is worked on alone

@@ -23,6 +23,7 @@ from kronfold.base.errors import CheckpointError, InputError, RecipeError
 from kronfold.base.files import check_output, explain_write_errors, sha256_of, swap_directory, write_json
 from kronfold.export.quantizer import attach
 from kronfold.models.cost import Cost, cost
+from kronfold.models.finite import check_finite
 from kronfold.models.load import load_config, load_tokenizer, local_checkpoint, read_dtype
 from kronfold.models.parts import Parts, put_tensors
 from kronfold.models.safetensors_header import read_header
@@ -199,8 +200,9 @@ class Streaming:
 def write_shard(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, int]:
     """Write tensors, floating-point ones as `dtype`, as one safetensors file, whole or not at all.
 
-    Returns the bytes of each. Raises OutputError.
+    Returns the bytes of each. Raises OutputError; NotFiniteError for numbers that are not finite, or not in `dtype`.
     """
+    check_finite(tensors.items(), dtype, f"The tensors of {path.name}")
     cast = {
         name: tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in tensors.items()

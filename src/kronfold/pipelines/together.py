@@ -1,4 +1,4 @@
-"""What pipelines of several processes share: a model made once, and a batch split over all."""
+"""What pipelines of several processes share: a model made once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel
 
 from kronfold.base import processes
-from kronfold.base.errors import InputError
 from kronfold.export.checkpoint import write_model
 from kronfold.models.load import load_model
 
@@ -41,27 +40,3 @@ def made_once(
     processes.barrier()  # all have read it
     processes.on_main(lambda: shutil.rmtree(place))
     return model, facts
-
-
-def split_batch(batch: int, micro_batch: int | None) -> tuple[int, int]:
-    """(blocks per process and micro-batch, micro-batches per step) of steps over `batch` blocks in all.
-
-    `micro_batch`: the most blocks a process takes through the models at once; None for its whole share.
-    Raises InputError when the batch cannot be split into equal parts.
-    """
-    count = processes.count()
-    if batch % count:
-        fitting = ", ".join(str(n) for n in range(1, batch + 1) if batch % n == 0)
-        raise InputError(
-            f"A batch of {batch} blocks cannot be shared equally by {count} processes. Start a number of them that "
-            f"divides it ({fitting}), or choose a batch size that is a multiple of {count}."
-        )
-    share = batch // count
-    if micro_batch is None or micro_batch >= share:
-        return share, 1
-    if micro_batch < 1 or share % micro_batch:
-        raise InputError(
-            f"A micro-batch of {micro_batch} does not divide the {share} blocks that each of {count} process(es) takes "
-            f"per step. Choose one of {', '.join(str(n) for n in range(1, share + 1) if share % n == 0)}."
-        )
-    return micro_batch, share // micro_batch

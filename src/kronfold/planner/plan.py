@@ -11,7 +11,8 @@ from kronfold.base.errors import RecipeError
 from kronfold.base.files import write_json
 from kronfold.base.results import SCHEMA_VERSION, document
 from kronfold.models.cost import Cost
-from kronfold.planner.recipe import HealRecipe
+from kronfold.options import read
+from kronfold.options.healing import HealConfig
 
 
 @dataclass
@@ -72,7 +73,7 @@ class PlanStage:
 
     name: str
     rows: list[PlanRow]
-    heal: HealRecipe | None = None
+    heal: HealConfig | None = None
     layers: KeptLayers | None = None
     reach: float | None = None
 
@@ -158,7 +159,7 @@ class Plan:
                 for row in content["rows"]
                 if row["stage"] == name
             ]
-            stages.append(PlanStage(name, rows, HealRecipe(**heal) if heal else None))
+            stages.append(PlanStage(name, rows, read(HealConfig, heal, f"heal of stage {name}") if heal else None))
         if content.get("layers"):
             stages[0].layers = KeptLayers.from_dict(content["layers"])
         keys = list(Cost.__dataclass_fields__)

@@ -8,60 +8,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kronfold.base.errors import RecipeError, suggest
+from kronfold.options import Options, read
+from kronfold.options.healing import HealConfig
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class _Part(Options):
+    error = RecipeError
 
 
-class ObjectiveRecipe(BaseModel):
-    """Method, weights of the losses of the logits, the temperature of the KL term (which is multiplied by its square).
-
-    Any further key is an option of the method, such as `hidden: 1` of `intermediate`. Which there are is known to the
-    room that trains: it refuses unknown ones before anything is compressed.
-    """
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    __pydantic_extra__: dict[str, bool | int | float | str | list[int]]
-
-    ce: float = Field(0.1, ge=0)
-    kl: float = Field(1.0, ge=0)
-    temperature: float = Field(1.0, gt=0)
-    method: str = "kd"
-
-    @model_validator(mode="after")
-    def _something(self) -> ObjectiveRecipe:
-        if self.method != "kd":
-            return self
-        for key in self.__pydantic_extra__:
-            raise ValueError(f"{key}: unknown key. {suggest(key, type(self).model_fields)}")
-        if self.ce == 0 and self.kl == 0:
-            raise ValueError("ce and kl are both 0: there is nothing to train on; give one a positive weight")
-        return self
-
-    def from_labels_alone(self) -> ObjectiveRecipe:
-        """Cross entropy and nothing else, for controls without a teacher."""
-        return ObjectiveRecipe.model_validate({"ce": 1.0, "kl": 0.0, "temperature": self.temperature})
-
-
-class HealRecipe(_Strict):
-    """How a stage heals. `tokens` is its budget in training tokens; --heal-tokens rescales all stages in proportion.
-
-    `batch_size`: blocks per optimiser step, in all, however many processes share them.
-    """
-
-    tokens: int = Field(gt=0)
-    learning_rate: float = Field(5e-4, gt=0)
-    batch_size: int = Field(16, gt=0)
-    warmup: float = Field(0.05, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    objective: ObjectiveRecipe = Field(default_factory=lambda: ObjectiveRecipe.model_validate({}))
-
-
-class TermRecipe(_Strict):
+class TermRecipe(_Part):
     """One term of a sum; what it says means the same as in an entry of its own."""
 
     structure: str
@@ -71,7 +29,7 @@ class TermRecipe(_Strict):
     permute: Literal["both", "in", "out", "none"] = "both"
 
 
-class CompressRecipe(_Strict):
+class CompressRecipe(_Part):
     """What becomes of the sites whose names match.
 
     Attributes:
@@ -124,7 +82,7 @@ class CompressRecipe(_Strict):
         return self.model_copy(update={"permute": "none", "terms": terms})
 
 
-class AutoRecipe(_Strict):
+class AutoRecipe(_Part):
     """How the planner calibrates and chooses; its plan takes the place of `compress` entries.
 
     Attributes:
@@ -137,7 +95,7 @@ class AutoRecipe(_Strict):
     """
 
     target_ratio: float = Field(0.65, gt=0, lt=1)
-    structures: Annotated[list[str], Field(min_length=1)] = ["low_rank"]
+    structures: list[str] = Field(["low_rank"], min_length=1)
     windows: int = Field(128, gt=0)
     window: int = Field(1024, gt=1)
     gradient_windows: int = Field(16, gt=0)
@@ -151,7 +109,7 @@ class AutoRecipe(_Strict):
         return self
 
 
-class StageRecipe(_Strict):
+class StageRecipe(_Part):
     """One step of the progressive pipeline. `compress` stays empty in a recipe that the planner fills in.
 
     Attributes:
@@ -165,18 +123,20 @@ class StageRecipe(_Strict):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     layers: str | list[int] | None = None
     layer_count: int | None = Field(None, ge=1)
-    compress: list[CompressRecipe] = []
-    heal: HealRecipe | None = None
+    compress: list[CompressRecipe] = Field(default_factory=list)
+    heal: HealConfig | None = None
     reach: float | None = Field(None, gt=0, le=1)
 
     @model_validator(mode="after")
-    def _count_of_a_strategy(self) -> StageRecipe:
+    def _fits_together(self) -> StageRecipe:
         if self.layer_count is not None and not isinstance(self.layers, str):
             raise ValueError("layer_count says how many blocks a strategy keeps; give `layers: alt` (or another) too")
+        if self.heal is not None and self.heal.tokens is None:
+            raise ValueError("heal.tokens: the stages of a recipe heal by tokens, not by steps")
         return self
 
 
-class Recipe(_Strict):
+class Recipe(_Part):
     """A named list of stages. With `auto` the planner says what is compressed in them."""
 
     name: str
@@ -214,18 +174,18 @@ class Recipe(_Strict):
 
     def with_heal_tokens(self, total: int | None) -> Recipe:
         """The same recipe with the healing budgets of its stages rescaled to `total` tokens in all."""
-        budgets = [stage.heal.tokens for stage in self.stages if stage.heal]
+        budgets = [stage.heal.tokens or 0 for stage in self.stages if stage.heal]
         if total is None or not budgets:
             return self
         scale = total / sum(budgets)
-        stages = [
-            stage.model_copy(
-                update={"heal": stage.heal.model_copy(update={"tokens": max(1, round(stage.heal.tokens * scale))})}
-            )
-            if stage.heal
-            else stage
-            for stage in self.stages
-        ]
+
+        def scaled(stage: StageRecipe) -> StageRecipe:
+            if stage.heal is None:
+                return stage
+            tokens = max(1, round((stage.heal.tokens or 0) * scale))
+            return stage.model_copy(update={"heal": stage.heal.model_copy(update={"tokens": tokens})})
+
+        stages = [scaled(stage) for stage in self.stages]
         return self.model_copy(update={"stages": stages})
 
     def without_permutations(self) -> Recipe:
@@ -267,42 +227,4 @@ def load_recipe(source: str | Path | Recipe) -> Recipe:
         document = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"Recipe {label} is not valid YAML: {error}") from error
-    return validate(Recipe, document, f"Recipe {label}")
-
-
-def validate(model: type[Any], document: Any, label: str) -> Any:
-    """`model` (a pydantic class) built from `document`. Raises RecipeError with every fault and near names."""
-    if not isinstance(document, dict):
-        raise RecipeError(f"{label} must be a mapping with the keys {', '.join(model.model_fields)}.")
-    try:
-        return model.model_validate(document)
-    except ValidationError as error:
-        faults = [_fault(model, dict(entry)) for entry in error.errors()]
-        raise RecipeError(
-            f"{label} has {len(faults)} fault{'s' * (len(faults) > 1)}:\n  " + "\n  ".join(faults)
-        ) from error
-
-
-def _fault(model: type[BaseModel], entry: dict[str, Any]) -> str:
-    location = [part for part in entry["loc"] if not (isinstance(part, str) and part[:1].isupper())]
-    where = ".".join(str(part) for part in location)
-    if entry["type"] == "extra_forbidden":
-        fields = _fields_at(model, location[:-1])
-        return f"{where}: unknown key. {suggest(str(location[-1]), fields)}"
-    given = "" if isinstance(entry["input"], dict | list) else f" (given: {entry['input']!r})"
-    return f"{where}: {entry['msg'].removeprefix('Value error, ')}{given}"
-
-
-def _fields_at(model: type[BaseModel], location: list[Any]) -> list[str]:
-    """Field names of the nested class at a location such as ('stages', 0, 'heal')."""
-    for step in (part for part in location if isinstance(part, str)):
-        annotation = model.model_fields[step].annotation if step in model.model_fields else None
-        nested = [t for t in _types_in(annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
-        if nested:
-            model = nested[0]
-    return list(model.model_fields)
-
-
-def _types_in(annotation: Any) -> list[Any]:
-    inner = getattr(annotation, "__args__", ())
-    return [annotation, *(t for part in inner for t in _types_in(part))]
+    return read(Recipe, document, f"Recipe {label}")

@@ -22,16 +22,16 @@ from transformers import PreTrainedModel
 
 from kronfold.base.errors import CheckpointError, RecipeError, suggest
 from kronfold.base.files import explain_write_errors, write_json
-from kronfold.base.specs import GroupedEmbeddingSpec, KroneckerSpec, LowRankSpec, Pair
+from kronfold.base.specs import GroupedEmbeddingSpec, LowRankSpec, Pair
 from kronfold.decompose.grouped_embedding import group_energies
 from kronfold.decompose.low_rank import tail_energies
-from kronfold.decompose.nearest import nearest_kronecker
 from kronfold.decompose.weighting import Weighting
 from kronfold.models.calibrate import fingerprint
+from kronfold.models.finite import check_finite
 from kronfold.models.linear_view import LinearView, sites
 from kronfold.models.statistics import Statistics
-from kronfold.ops import kronecker
 from kronfold.planner.allocate import Options
+from kronfold.structures.kronecker import KroneckerSpec, matrix, nearest_kronecker
 
 Unit = Literal["params", "macs", "bytes"]
 STRUCTURE_CHOICES = ("low_rank", "kronecker")
@@ -106,8 +106,8 @@ class SiteCurve:
 
 def _kronecker_cost(spec: KroneckerSpec, unit: Unit) -> float:
     if unit == "macs":
-        order = kronecker.cheapest_order(spec.a, spec.b, spec.rank, float("inf"))
-        return kronecker.macs(spec.a, spec.b, spec.rank, order, float("inf"))
+        order = matrix.cheapest_order(spec.a, spec.b, spec.rank, float("inf"))
+        return matrix.macs(spec.a, spec.b, spec.rank, order, float("inf"))
     return float(spec.held_parameters * (FP16_BYTES if unit == "bytes" else 1))
 
 
@@ -174,7 +174,7 @@ def _kronecker_points(weight: Tensor, weighting: Weighting) -> list[tuple[Pair, 
         full = KroneckerSpec.for_weight(shape, b, 1)
         fit = nearest_kronecker(weight, KroneckerSpec.for_weight(shape, b, full.max_rank))
         for rank in range(1, full.max_rank):
-            residual = weight - kronecker.to_dense(fit.a[:rank], fit.b[:rank])
+            residual = weight - matrix.to_dense(fit.a[:rank], fit.b[:rank])
             if rank * full.held_parameters < weight.numel():
                 points.append((b, rank, 0.5 * weighting.squared_error(residual)))
     return points
@@ -205,8 +205,9 @@ def group_sizes(vocabulary: int, width: int = 1) -> list[int]:
 
 
 def save_curves(curves: Sequence[SiteCurve], path: str | Path) -> None:
-    """Write curves as `PATH.json` and `PATH.safetensors`. Raises OutputError."""
+    """Write curves as `PATH.json` and `PATH.safetensors`. Raises OutputError, NotFiniteError."""
     energies = {str(i): curve.energies.contiguous() for i, curve in enumerate(curves) if curve.energies is not None}
+    check_finite(energies.items(), what="The sensitivity curves")
     with explain_write_errors(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_file(energies, f"{path}.safetensors")

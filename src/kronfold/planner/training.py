@@ -153,7 +153,7 @@ def training_of(
     Raises InputError; also when the plan heals nothing and no budget is given.
     """
     heals = [stage.heal for stage in plan.stages if stage.heal]
-    budget = tokens or sum(heal.tokens for heal in heals)
+    budget = tokens or sum(heal.tokens or 0 for heal in heals)
     if not budget:
         raise InputError(f"Recipe {plan.recipe} does not heal. Give a budget with --heal-tokens.")
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1024

@@ -1,6 +1,6 @@
 """Training: distillation on transformers.Trainer, healing, exact resume."""
 
-from kronfold.train.config import HealConfig
+from kronfold.options.healing import HealConfig
 from kronfold.train.heal import HealResult, heal
 from kronfold.train.precision import bf16_is_fast
 from kronfold.train.store_teacher import store_teacher

@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from kronfold.base.errors import InputError
-from kronfold.distill import ObjectiveConfig
+from kronfold.options.finetune import FineTuneConfig
 from kronfold.train.activations import fused_gelu
 from kronfold.train.heal import left_as_found, without_dropout
 from kronfold.train.order import ShuffledStream
@@ -24,50 +24,6 @@ from kronfold.train.trainer import DistillationTrainer
 
 Measure = Callable[[PreTrainedModel], tuple[float, dict[str, Any]]]
 _GROUP = 32  # batches that are sorted by length together
-
-LABELS_ONLY = ObjectiveConfig(kl=0.0, ce=1.0)
-
-
-@dataclass(frozen=True)
-class FineTuneConfig:
-    """Settings of one fine-tuning, as is usual for GPT-2 on GLUE.
-
-    Args:
-        epochs: passes over the examples, each in an order of its own. batch_size: examples per step.
-        learning_rate: the highest, of AdamW; it rises over the share `warmup` of the steps, then falls linearly to 0.
-            5e-5 suits models of 100M parameters; one of 7M wants about ten times that.
-        weight_decay: AdamW's; never on biases and norms. max_grad_norm: gradients are scaled down to this norm.
-        dropout: whether the model's own dropout stays on.
-        objective: losses and distillation method. seed: order of the examples and dropout.
-
-    Raises:
-        InputError: a number that cannot be used, all of them at once.
-    """
-
-    epochs: int = 3
-    batch_size: int = 32
-    learning_rate: float = 5e-5
-    warmup: float = 0.06
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    dropout: bool = True
-    objective: ObjectiveConfig = field(default_factory=lambda: LABELS_ONLY)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        counts = {"epochs": self.epochs, "batch_size": self.batch_size}
-        bad = [f"{name}={value} (at least 1)" for name, value in counts.items() if value < 1]
-        if not 0 < self.learning_rate < 1:
-            bad.append(f"learning_rate={self.learning_rate} (between 0 and 1; 5e-5 is usual)")
-        if not 0 <= self.warmup < 1:
-            bad.append(f"warmup={self.warmup} (a share of the steps, from 0 to below 1)")
-        limits = {"weight_decay": self.weight_decay, "max_grad_norm": self.max_grad_norm}
-        bad += [f"{name}={value} (0 or above)" for name, value in limits.items() if not 0 <= value < math.inf]
-        if bad:
-            raise InputError(f"Fine-tuning cannot be done with {'; '.join(bad)}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"objective": self.objective.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -131,7 +87,8 @@ def fine_tune(
         progress: called after every step with (step, steps).
 
     Raises:
-        InputError: no rows, a pair or objective that does not fit, or a loss that is no longer finite.
+        InputError: no rows, a pair or objective that does not fit. NotFiniteError: the teacher's outputs are not
+            finite. DivergedError: loss, gradients or weights are no longer finite.
     """
     if not rows:
         raise InputError("There are no examples to fine-tune on.")
@@ -154,7 +111,9 @@ def fine_tune(
             train_dataset=stream,
             data_collator=collate,
             callbacks=[watcher],
+            activity="fine-tuning",
         )
+        trainer.checks_weights_in_logs = True  # after each epoch, before it is measured and its weights are kept
         trainer.remove_callback(PrinterCallback)  # it prints to stdout
         started = time.perf_counter()
         trainer.train()
@@ -208,11 +167,6 @@ class _Epochs(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         losses = {name: value for name, value in logs.items() if name not in ("epoch", "learning_rate", "grad_norm")}
-        if not math.isfinite(losses["loss"]):
-            raise InputError(
-                f"The loss is {losses['loss']} at step {state.global_step}: the fine-tuning has diverged. Lower the "
-                f"learning rate (now {args.learning_rate:g})."
-            )
         score, dev = self.measure(model)
         # Where an epoch is shorter than a step, several end at once: they share what was measured.
         for _end in range(self.ends.count(state.global_step)):

@@ -19,12 +19,13 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from transformers.trainer_utils import SaveStrategy
 
 from kronfold.base import processes
-from kronfold.base.errors import DataError, InputError
+from kronfold.base.errors import DataError, DivergedError, InputError
 from kronfold.distill import Method, Objective
 from kronfold.distill.stored import StoredTeacher
+from kronfold.options import read
+from kronfold.options.healing import HealConfig
 from kronfold.train import checkpoints, sharded, zero
 from kronfold.train.activations import fused_gelu
-from kronfold.train.config import HealConfig
 from kronfold.train.order import ShuffledStream
 from kronfold.train.precision import bf16_is_fast
 from kronfold.train.trainer import DistillationTrainer, check_objective
@@ -37,7 +38,7 @@ class HealResult:
     """What a healing did.
 
     Args:
-        tokens: tokens seen in all, resumed part included (steps x batch x accumulate x processes x block).
+        tokens: tokens seen in all, resumed part included (steps x batch_size x block).
         steps: optimiser steps in all.
         seconds: wall time of this call's training loop; a resumed run counts only its own part.
         tokens_per_second: of this call; 0 when nothing was left to do.
@@ -76,13 +77,14 @@ def heal(
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress | None = None,
+    config: HealConfig | None = None,
     **options: Any,
 ) -> HealResult:
     """Train `student` in place towards `teacher` on blocks of text.
 
     Under torchrun or accelerate launch every process calls this alike: the first one's weights count, each step is one
-    over `batch_size` x `accumulate` x processes blocks, and all hold the same student afterwards. A run may be resumed
-    by another number of processes as long as that product stays.
+    over `batch_size` blocks, shared by all, and all hold the same student afterwards. So the number of processes
+    changes no result beyond rounding, and a run may be resumed by another number of them.
 
     The dense control, the teacher itself fine-tuned on the same text, is this function on
     `copy.deepcopy(teacher)` with `teacher=None` and `objective=ObjectiveConfig(kl=0, ce=1)`.
@@ -96,19 +98,24 @@ def heal(
         output_dir: where checkpoints go, plain `save_pretrained` directories with the state of the run
             beside. Written by the main process, read by all.
         resume: continue from the newest whole checkpoint in output_dir, or start afresh when there is none.
-            On CPU in float32 the result is bitwise that of the run that was never stopped.
+            On CPU in float32 the result is bitwise that of the run that was never stopped. After a divergence it
+            continues from the newest one of before, and wants another learning_rate, warmup or max_grad_norm.
         callbacks: further callbacks of transformers.Trainer.
         progress: called after every step with (step, steps, latest entry of `losses`), in the main process alone.
-        options: the fields of `HealConfig`: tokens or steps, batch_size, learning_rate, objective, seed, ...
+        config: budget, optimiser, objective. options: the fields of `HealConfig` instead, by name: tokens or steps,
+            batch_size, learning_rate, objective, seed, ...
 
     Raises:
         InputError: options, budget, method or pair that cannot be used, an offline teacher of another text, method or
-            temperature; a loss that is no longer finite.
+            temperature. NotFiniteError: the teacher's outputs are NaN or infinite, before the student is changed.
+        DivergedError: loss, gradients or weights are no longer finite; good checkpoints stay in output_dir.
         DataError: no blocks, or blocks that are not integers of one length.
         OutputError, CheckpointError: output_dir is taken or cannot be written, or is of another run.
     """
-    config = HealConfig.from_options(**options)
+    config = config or read(HealConfig, options, "These options")
     objective = Objective(config.objective)
+    if not objective.needs_teacher and not isinstance(teacher, StoredTeacher):
+        teacher = None
     if output_dir is None and (resume or config.save_steps):
         raise InputError("resume and save_steps need checkpoints; say where with output_dir.")
     block, fingerprint = inspect_blocks(data)
@@ -120,7 +127,7 @@ def heal(
     with contextlib.ExitStack() as stack:
         place = Path(output_dir) if output_dir else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         args = _arguments(config, student, place, device)
-        blocks_per_step = config.batch_size * config.accumulate * args.world_size
+        blocks_per_step = config.batch_size
         _set_budget(args, config, config.steps_for(blocks_per_step * block), saves=output_dir is not None)
         settings = _settings(config, args, blocks_per_step, student) | fingerprint
         checkpoint = None
@@ -129,7 +136,13 @@ def heal(
         watcher = _Watcher(progress if processes.is_main() else None, blocks_per_step * block)
         start = config.start_tokens // block
         stream = ShuffledStream(data, args.max_steps * blocks_per_step, config.seed, start)
-        state, seconds = _train(student, teacher, stream, config, args, checkpoint, [watcher, *callbacks])
+        try:
+            state, seconds = _train(student, teacher, stream, config, args, checkpoint, [watcher, *callbacks])
+        except DivergedError as error:
+            if output_dir is None:
+                raise
+            found = error
+            raise processes.on_main(lambda: checkpoints.mark_diverged(place, settings, found)) from error
         processes.barrier()  # the last checkpoint, which the main process writes, is whole
     steps, resumed_from = state.global_step, checkpoints.step_of(checkpoint) if checkpoint else None
     return HealResult(
@@ -162,7 +175,7 @@ def _train(
             stack.enter_context(without_dropout(student))
         student.float()
         trainer = DistillationTrainer(
-            student, teacher, config.objective, args=args, train_dataset=data, callbacks=callbacks
+            student, teacher, config.objective, args=args, train_dataset=data, callbacks=callbacks, activity="healing"
         )
         trainer.remove_callback(PrinterCallback)  # it prints to stdout
         start = time.perf_counter()
@@ -209,13 +222,14 @@ def _arguments(
     on_cpu = not torch.cuda.is_available() if device is None else torch.device(device).type == "cpu"
     bf16 = bf16_is_fast("cpu" if on_cpu else "cuda") if config.bf16 == "auto" else config.bf16
     where = {"use_cpu": on_cpu, "bf16": bf16}
+    at_once, accumulate = processes.split_batch(config.batch_size, config.micro_batch)
     if zero.asked():
         where |= zero.settings(on_cpu, config.bf16)
     args = TrainingArguments(
         **where,
         output_dir=str(place),
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulate,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=accumulate,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.schedule,
         weight_decay=config.weight_decay,
@@ -248,8 +262,8 @@ def _settings(
     config: HealConfig, args: TrainingArguments, blocks_per_step: int, student: PreTrainedModel
 ) -> dict[str, Any]:
     """What must be equal for a resumed run to be the same run. How the batch is split may change."""
-    free = ("tokens", "batch_size", "accumulate", "save_steps", "log_every")
-    kept = {name: value for name, value in config.to_dict().items() if name not in free}
+    free = {"tokens", "batch_size", "micro_batch", "save_steps", "log_every"}
+    kept = config.model_dump(mode="json", exclude=free)
     numbers = sum(p.numel() for p in student.parameters())
     return kept | {
         "steps": args.max_steps,
@@ -296,7 +310,7 @@ def without_dropout(model: PreTrainedModel) -> Iterator[None]:
 
 
 class _Watcher(TrainerCallback):
-    """Feeds the progress callback, and stops a run whose loss is no longer a number."""
+    """Feeds the progress callback."""
 
     def __init__(self, progress: Progress | None, tokens_per_step: int) -> None:
         self.progress = progress
@@ -311,11 +325,6 @@ class _Watcher(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if not logs or "loss" not in logs:
             return
-        if not math.isfinite(logs["loss"]):
-            raise InputError(
-                f"The loss is {logs['loss']} at step {state.global_step}: the healing has diverged. "
-                f"Lower the learning rate (now {args.learning_rate:g}) or raise the warm-up."
-            )
         self.latest = self.entry({**logs, "step": state.global_step})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from kronfold.base.errors import CheckpointError, InputError
+from kronfold.base.errors import CheckpointError, InputError, NotFiniteError
 from kronfold.base.files import (
     UNFINISHED,
     atomic_file,
@@ -22,12 +22,13 @@ from kronfold.base.files import (
     work_directory,
     write_json,
 )
+from kronfold.distill.losses import top_k as likeliest
 from kronfold.distill.pairs import check_head, is_classifier, position_faults, vocabulary
 from kronfold.distill.stored import MANIFEST, Manifest, StoredTeacher, damage, text_sha256
-from kronfold.distill.top_k import top_k as likeliest
 from kronfold.models.calibrate import fingerprint
 from kronfold.train.activations import fused_gelu
 from kronfold.train.heal import inspect_blocks, left_as_found
+from kronfold.train.watch import check_teacher_outputs
 
 _SHARD_BYTES = 1 << 26  # what a killed job has to do again, and what is held in memory: 254 blocks of 1024 at k = 64
 _CHUNK_TOKENS = 1024  # logits alive at a time
@@ -63,12 +64,14 @@ def store_teacher(
 
     Raises:
         InputError: top_k, temperature or batch_size that cannot be used, a model that is no language model.
+        NotFiniteError: outputs of the teacher that are NaN or infinite; on the first block, before anything is written.
         DataError: no blocks, or blocks that are not integers of one length.
         OutputError: `place` is taken or cannot be written. CheckpointError: another job lies in `<place>.partial`.
     """
     place = Path(place)
     check_output(place, overwrite)
     manifest = _planned(teacher, data, top_k, temperature, batch_size, bf16, about or {}, shard_bytes)
+    check_teacher_outputs(teacher, data[0]["input_ids"])
     work = work_directory(place, resume, overwrite)
     with explain_write_errors(place):
         work.mkdir(parents=True, exist_ok=True)
@@ -153,6 +156,11 @@ def _shard(
             hidden = teacher.base_model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
             for chunk in hidden.split(_CHUNK_TOKENS):
                 kept = likeliest(head(chunk), manifest.top_k, manifest.temperature)
+                if kept.log_probs.isnan().any():  # of -inf there may be some: a bucket that is empty
+                    raise NotFiniteError(
+                        f"The teacher's outputs are not finite in blocks {batch.start} to {batch.stop - 1} of the "
+                        "text. Run it in float32, or leave that text out."
+                    )
                 ids.append(kept.ids.int().cpu())
                 log_probs.append(kept.log_probs.half().cpu())
         progress(batch.stop, manifest.blocks)

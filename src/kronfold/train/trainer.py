@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from kronfold.base.errors import InputError, OutputError
 from kronfold.distill import Moment, Objective, ObjectiveConfig, Signals, check_head, check_pair, is_classifier
-from kronfold.distill.divergence import Pair
-from kronfold.distill.losses import LOSSES
+from kronfold.distill.losses import LOSSES, TopK
 from kronfold.distill.objective import Extra
+from kronfold.distill.pairs import Pair
 from kronfold.distill.stored import StoredTeacher
-from kronfold.distill.top_k import TopK
 from kronfold.train import companion, sharded, zero
 from kronfold.train.passes import observed
+from kronfold.train.watch import WatchedTrainer, sound
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(WatchedTrainer):
     """Trains `model` towards `teacher`; checkpoints are plain `save_pretrained` directories.
 
     The teacher is no part of the trained model: it is put into eval mode, runs without gradients, and appears
@@ -47,7 +48,7 @@ class DistillationTrainer(Trainer):
 
     Raises:
         InputError: no teacher though the objective needs one, a pair or method that does not fit, or a head that is
-            not all there is to the logits.
+            not all there is to the logits. NotFiniteError, DivergedError: in `train`, see `WatchedTrainer`.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class DistillationTrainer(Trainer):
         check_objective(self.objective, model, teacher, args.seed)
         if isinstance(teacher, StoredTeacher):
             teacher, args.remove_unused_columns = None, False  # its rows are columns that no model asks for
-        teacher = teacher if self.objective.config.needs_teacher else None
+        teacher = teacher if self.objective.needs_teacher else None
         self.classifies = is_classifier(model)
         for one in () if self.classifies else (model, *([teacher] if teacher is not None else [])):
             check_head(one)
@@ -88,6 +89,7 @@ class DistillationTrainer(Trainer):
             self.add_callback(companion.MethodGradients(self.objective.method, self.accelerator))
         self._running: dict[str, Tensor] = {}
         self._running_steps: dict[str, set[int]] = {}
+        self._kind: frozenset[str] = frozenset()
 
     def _adopt(self, teacher: PreTrainedModel) -> None:
         teacher = self.objective.method.acting_teacher(teacher)
@@ -184,6 +186,10 @@ class DistillationTrainer(Trainer):
             run = self.teacher.base_model  # its head is left to the objective
             out, teacher_signals = self._watch_teacher(lambda **more: run(**features, use_cache=False, **more))
             teacher_hidden = out.last_hidden_state
+            assert self.teacher_head is not None
+            self._look_at_teacher(teacher_hidden, self.teacher_head(teacher_hidden[:, -1:]))
+        if top is not None:
+            self.watch.add_teacher(~top.log_probs.isnan().any())
         out, signals = self._watch_student(
             model, lambda **more: model(**features, logits_to_keep=1, use_cache=False, **more), hidden=True
         )
@@ -205,6 +211,7 @@ class DistillationTrainer(Trainer):
             teach = self.teacher
             out, teacher_signals = self._watch_teacher(lambda **more: teach(**features, use_cache=False, **more))
             teacher_logits = out.logits
+            self._look_at_teacher(teacher_logits)
         hidden = self.objective.method.hidden
         out, signals = self._watch_student(model, lambda **more: model(**features, use_cache=False, **more), hidden)
         mask = features.get("attention_mask")
@@ -235,6 +242,11 @@ class DistillationTrainer(Trainer):
         with torch.set_grad_enabled(method.trains_teacher and torch.is_grad_enabled()):
             return observed(self.teacher, call, method.hidden, method.attention.teacher)
 
+    def _look_at_teacher(self, *outputs: Tensor) -> None:
+        """A teacher that is trained too may diverge like the student, so it is no culprit."""
+        if not self.objective.method.trains_teacher:
+            self.watch.add_teacher(torch.stack([sound(one) for one in outputs]).all())
+
     def _extra(self, model: nn.Module, head: nn.Module | None, features: dict[str, Any]) -> Extra | None:
         """The method's terms on inputs of its own, if it makes any."""
         objective = self.objective
@@ -254,9 +266,17 @@ class DistillationTrainer(Trainer):
 
     def _remember(self, named: dict[str, Tensor]) -> None:
         """Add up on the device; reading a number here would wait for it in every micro-step."""
+        self._kind = frozenset(named)
         for name, value in named.items():
             self._running[name] = self._running[name] + value if name in self._running else value
             self._running_steps.setdefault(name, set()).add(self.state.global_step)
+
+    def loss_kind(self) -> frozenset[str]:
+        return self._kind
+
+    def _own_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        yield from super()._own_parameters()
+        yield from self.objective.method.named_parameters(prefix="method")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
@@ -295,6 +315,7 @@ class DistillationTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         elif checkpoint is not None:
             sharded.load_state(self.optimizer, self.lr_scheduler, checkpoint)
+            self.use_own_learning_rate()
         if checkpoint is not None:
             companion.load(self.objective.method, checkpoint)
 
@@ -324,10 +345,10 @@ def check_objective(
         check_pair(student, None, block)
         objective.bind(student, None, seed)
         return
-    if config.needs_teacher and teacher is None:
+    if objective.needs_teacher and teacher is None:
         cause = "kl is above 0" if config.weights.get("kl") else f"method {config.method} compares with one"
         way_out = "set kl to 0" if config.weights.get("kl") and config.method == "kd" else "choose method kd with kl 0"
         raise InputError(f"This objective needs a teacher ({cause}); pass one, or {way_out}.")
-    teacher = teacher if config.needs_teacher else None
+    teacher = teacher if objective.needs_teacher else None
     check_pair(student, teacher, block)
     objective.bind(student, teacher, seed)

@@ -86,7 +86,7 @@ def differences_named() -> Iterator[None]:
     except ValueError as error:
         if isinstance(error, InputError) or "DeepSpeed config" not in str(error):
             raise
-        raise InputError(f"{error} In kronfold they are batch_size, accumulate, max_grad_norm and bf16.") from error
+        raise InputError(f"{error} In kronfold they are batch_size, micro_batch, max_grad_norm and bf16.") from error
 
 
 def settle(engine: Any, student: PreTrainedModel) -> None:

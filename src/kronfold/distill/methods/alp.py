@@ -17,8 +17,7 @@ from torch import Tensor
 
 from kronfold.base.errors import InputError
 from kronfold.distill import method
-from kronfold.distill.layers import Shape
-from kronfold.distill.method import Method
+from kronfold.distill.method import Method, Shape
 from kronfold.distill.signals import Batch, Signals, at_least_float32, squared_error
 
 

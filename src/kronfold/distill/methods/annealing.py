@@ -8,15 +8,13 @@ and T going from T_max down to 1 in whole numbers, each for an equal share of th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from kronfold.base.errors import InputError
 from kronfold.distill import method
 from kronfold.distill.method import Method
 from kronfold.distill.signals import Moment
-
-if TYPE_CHECKING:
-    from kronfold.distill.objective import ObjectiveConfig
+from kronfold.options.healing import ObjectiveConfig
 
 
 @dataclass(frozen=True)

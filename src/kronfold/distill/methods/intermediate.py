@@ -18,8 +18,7 @@ from torch import Tensor
 
 from kronfold.base.errors import InputError
 from kronfold.distill import method
-from kronfold.distill.layers import Shape, hidden_pairs, layer_map
-from kronfold.distill.method import AttentionLayers, Method
+from kronfold.distill.method import AttentionLayers, Method, Shape, hidden_pairs, layer_map
 from kronfold.distill.signals import Batch, Signals, attention_divergence, cosine_distance, squared_error
 
 _NAMES = ("embedding", "attention", "hidden", "cosine")

@@ -29,8 +29,8 @@ from transformers import PreTrainedModel
 
 from kronfold.base.errors import InputError
 from kronfold.distill import method
-from kronfold.distill.divergence import Pair
 from kronfold.distill.method import Method
+from kronfold.distill.pairs import Pair
 from kronfold.distill.signals import Batch, Moment
 from kronfold.models.families import family_of
 

@@ -16,8 +16,7 @@ from torch import Tensor
 from kronfold.base.errors import InputError
 from kronfold.distill import method
 from kronfold.distill.attention import Attention, RecordedAttention
-from kronfold.distill.layers import Shape, check_layers
-from kronfold.distill.method import AttentionLayers, Method
+from kronfold.distill.method import AttentionLayers, Method, Shape, check_layers
 from kronfold.distill.signals import Batch, Signals, attention_divergence
 
 

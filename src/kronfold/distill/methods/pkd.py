@@ -16,8 +16,7 @@ from torch.nn import functional as F
 
 from kronfold.base.errors import InputError
 from kronfold.distill import method
-from kronfold.distill.layers import Shape, layer_map
-from kronfold.distill.method import Method
+from kronfold.distill.method import Method, Shape, layer_map
 from kronfold.distill.signals import Batch, Signals, at_least_float32
 
 

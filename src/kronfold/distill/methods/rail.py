@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 from kronfold.base.errors import InputError, suggest
 from kronfold.distill import method
-from kronfold.distill.layers import Shape
-from kronfold.distill.method import Method
+from kronfold.distill.method import Method, Shape
 from kronfold.distill.methods.pkd import normalised_distance
 from kronfold.distill.signals import Batch, Moment, Signals, at_least_float32
 

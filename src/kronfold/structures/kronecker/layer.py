@@ -1,19 +1,26 @@
-"""A linear layer held as a permuted sum of Kronecker products."""
+"""The layer that holds a permuted sum of Kronecker products, what a recipe entry asks of it, and how it is fitted."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kronfold.base.specs import KroneckerSpec, Pair
+from kronfold.base.errors import RecipeError
+from kronfold.base.specs import Pair
+from kronfold.decompose.weighting import Weighting
 from kronfold.nn.structured import TOKEN_COUNTS, StructuredLinear
-from kronfold.ops import few_rows, kronecker
+from kronfold.ops import few_rows
 from kronfold.ops.cost import Rates, rates_for, rates_of, tokens_of
 from kronfold.ops.permutation import drop_identity
+from kronfold.structures.kronecker import matrix
+from kronfold.structures.kronecker.matrix import Fit, KroneckerSpec
+from kronfold.structures.kronecker.permutations import permuted_kronecker
+from kronfold.structures.kronecker.van_loan import nearest_kronecker, pruned_kronecker, with_equal_entries
 
 
 class KroneckerLinear(StructuredLinear):
@@ -56,13 +63,13 @@ class KroneckerLinear(StructuredLinear):
         self.a = nn.Parameter(torch.empty(rank, *self.spec.a, **factory))
         self.b = nn.Parameter(torch.empty(rank, *self.spec.b, **factory))
         self.add_bias(bias, device, dtype)
-        self.register_buffer("gather_in", self._identity(self.in_features, device) if permute_in else None)
-        self.register_buffer("gather_out", self._identity(self.out_features, device) if permute_out else None)
-        self.reset_parameters()
 
-    @staticmethod
-    def _identity(size: int, device: torch.device | str | None) -> Tensor:
-        return torch.arange(size, dtype=torch.int32, device=device)
+        def identity(size: int) -> Tensor:
+            return torch.arange(size, dtype=torch.int32, device=device)
+
+        self.register_buffer("gather_in", identity(self.in_features) if permute_in else None)
+        self.register_buffer("gather_out", identity(self.out_features) if permute_out else None)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Random factors whose dense weight has the spread of a fresh `nn.Linear`."""
@@ -106,12 +113,12 @@ class KroneckerLinear(StructuredLinear):
     @classmethod
     def from_fit(
         cls,
-        fit: Any,
+        fit: Fit,
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> KroneckerLinear:
-        """`fit`: a `kronfold.decompose.fit.Fit`."""
+        """The layer that holds what a solver found."""
         return cls.from_factors(fit.a, fit.b, fit.perm_in, fit.perm_out, bias, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,12 +128,12 @@ class KroneckerLinear(StructuredLinear):
             order = self._order(tokens_of(x), rates_for(x), kept=True)
             if order.startswith("dense"):
                 return few_rows.linear(x, self.kept(self.dense_weight), self.bias)
-        return kronecker.apply(x, self.a, self.b, order, self.gather_in, self.gather_out, self.bias)
+        return matrix.apply(x, self.a, self.b, order, self.gather_in, self.gather_out, self.bias)
 
-    def _order(self, tokens: int, rates: Rates, kept: bool) -> kronecker.Order:
+    def _order(self, tokens: int, rates: Rates, kept: bool) -> matrix.Order:
         """The fastest order without gradients."""
         s, gathers = self.spec, (self.gather_in is not None, self.gather_out is not None)
-        return kronecker.fastest_order(s.a, s.b, s.rank, tokens, *gathers, rates, kept=kept)
+        return matrix.fastest_order(s.a, s.b, s.rank, tokens, *gathers, rates, kept=kept)
 
     def kept_shape(self) -> tuple[int, int] | None:
         rates = rates_of(self.a.device.type, self.a.dtype)
@@ -135,7 +142,7 @@ class KroneckerLinear(StructuredLinear):
 
     def dense_weight(self) -> Tensor:
         """The weight this layer stands for: (out_features, in_features), in the source's order of features."""
-        return kronecker.dense_weight(self.a, self.b, self.gather_in, self.gather_out)
+        return matrix.dense_weight(self.a, self.b, self.gather_in, self.gather_out)
 
     def permute_inputs(self, perm: Tensor) -> None:
         """Reorder the input features in place: the layer then takes `x[..., perm]` where it took x. perm: (in,)."""
@@ -156,8 +163,8 @@ class KroneckerLinear(StructuredLinear):
 
     def macs_per_token(self) -> float:
         """Multiply-accumulates per token when many tokens share the call."""
-        order = kronecker.cheapest_order(self.spec.a, self.spec.b, self.spec.rank, math.inf)
-        return kronecker.macs(self.spec.a, self.spec.b, self.spec.rank, order, math.inf)
+        order = matrix.cheapest_order(self.spec.a, self.spec.b, self.spec.rank, math.inf)
+        return matrix.macs(self.spec.a, self.spec.b, self.spec.rank, order, math.inf)
 
     def to_spec(self) -> dict[str, Any]:
         return {"structure": self.structure, **self.spec.to_dict()}
@@ -178,3 +185,34 @@ class KroneckerLinear(StructuredLinear):
         sides = [side for side, gather in (("in", self.gather_in), ("out", self.gather_out)) if gather is not None]
         permuted = f", permuted: {'+'.join(sides)}" if sides else ""
         return f"{self.in_features} -> {self.out_features}, {self.spec.label()}{permuted}, bias={self.bias is not None}"
+
+
+def fit(weight: Tensor, spec: KroneckerSpec, seed: int, weighting: Weighting | None) -> Fit:
+    """Search permutations on the sides the spec asks for; without any, the nearest sum."""
+    if spec.searches_in or spec.searches_out:
+        return permuted_kronecker(weight, spec, seed=seed, weighting=weighting)
+    return nearest_kronecker(weight, spec, weighting)
+
+
+def ask(shape: Pair, entry: Mapping[str, Any]) -> KroneckerSpec:
+    """`block` (out_b, in_b), `rank` (default 1), `permute`."""
+    if entry.get("block") is None:
+        raise RecipeError("structure kronecker needs a block: [out_b, in_b], e.g. [4, 2]")
+    if entry.get("ratio") is not None:
+        raise RecipeError("structure kronecker takes block and rank, not ratio")
+    permute = entry.get("permute", "both")
+    flags = {"permute_in": permute in ("in", "both"), "permute_out": permute in ("out", "both")}
+    return KroneckerSpec.for_weight(shape, entry["block"], entry.get("rank") or 1, **flags)
+
+
+def sizes(spec: KroneckerSpec) -> list[KroneckerSpec]:
+    """All ranks that hold fewer numbers than the matrix."""
+    dense, term = spec.out_features * spec.in_features, spec.held_parameters // spec.rank
+    return [replace(spec, rank=rank) for rank in range(1, spec.max_rank + 1) if rank * term < dense]
+
+
+# what a recipe entry may name as `init` in place of the nearest sum: (weight, spec, seed, weighting) -> Fit
+INITS: dict[str, Callable[[Tensor, KroneckerSpec, int, Weighting | None], Fit]] = {
+    "modified_van_loan": lambda w, s, seed, h: with_equal_entries(fit(w, s, seed, h)),
+    "pruning": lambda w, s, _seed, h: pruned_kronecker(w, s, h),
+}

@@ -8,10 +8,7 @@ import tensorly.decomposition
 import torch
 
 from kronfold.base.errors import InputError, ShapeError
-from kronfold.base.specs import KroneckerSpec
-from kronfold.decompose import nearest
-from kronfold.decompose.nearest import nearest_kronecker, nearest_kronecker_batch
-from kronfold.ops import kronecker
+from kronfold.structures.kronecker import KroneckerSpec, matrix, nearest_kronecker, nearest_kronecker_batch, van_loan
 
 EXACT = 1e-9  # float64; measured at most 2e-13
 
@@ -38,7 +35,7 @@ def test_error_is_the_tail_of_the_singular_values(shape, block, rank):
     weight = random_matrix(*shape)
     spec = KroneckerSpec.for_weight(shape, block, rank)
     fit = nearest_kronecker(weight, spec)
-    values = torch.linalg.svdvals(kronecker.rearrange(weight, *block))
+    values = torch.linalg.svdvals(matrix.rearrange(weight, *block))
     expected = float(values[rank:].norm() / values.norm())
     assert fit.relative_error == pytest.approx(expected, abs=EXACT)
     measured = float((weight - fit.to_dense()).norm() / weight.norm())
@@ -52,10 +49,10 @@ def test_error_is_the_tail_of_the_singular_values(shape, block, rank):
 @pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-5])
 def test_planted_sums_are_recovered(gram_size, spread, monkeypatch):
     # gram_size 2 forces the routes without a Gram matrix; spread is the size of each term over the one before
-    monkeypatch.setattr(nearest, "GRAM_SIZE", gram_size)
+    monkeypatch.setattr(van_loan, "GRAM_SIZE", gram_size)
     for rank in (1, 2, 3):
         a = random_matrix(rank, 8, 6, seed=1) * spread ** torch.arange(rank).view(-1, 1, 1)
-        weight = kronecker.to_dense(a, random_matrix(rank, 5, 4, seed=2))
+        weight = matrix.to_dense(a, random_matrix(rank, 5, 4, seed=2))
         fit = nearest_kronecker(weight, KroneckerSpec(a=(8, 6), b=(5, 4), rank=rank))
         assert fit.relative_error < EXACT
         torch.testing.assert_close(fit.to_dense(), weight, rtol=0, atol=EXACT * float(weight.norm()))
@@ -72,10 +69,10 @@ def test_scale_of_the_weight_does_not_matter(scale):
 
 @pytest.mark.parametrize("gram_size", [1024, 2])
 def test_wide_and_square_rearrangements_agree_with_the_svd(gram_size, monkeypatch):
-    monkeypatch.setattr(nearest, "GRAM_SIZE", gram_size)
+    monkeypatch.setattr(van_loan, "GRAM_SIZE", gram_size)
     for shape, block in (((40, 60), (20, 15)), ((60, 60), (6, 10)), ((36, 30), (6, 5))):
         weight = random_matrix(*shape)
-        values = torch.linalg.svdvals(kronecker.rearrange(weight, *block))
+        values = torch.linalg.svdvals(matrix.rearrange(weight, *block))
         fit = nearest_kronecker(weight, KroneckerSpec.for_weight(shape, block, 2))
         assert fit.relative_error == pytest.approx(float(values[2:].norm() / values.norm()), abs=EXACT)
 
@@ -116,7 +113,7 @@ def test_batch_equals_single_and_chunks_change_nothing(monkeypatch):
     weights = random_matrix(3, 24, 20)
     spec = KroneckerSpec(a=(12, 10), b=(2, 2), rank=2)
     single = [nearest_kronecker(w, spec) for w in weights]
-    monkeypatch.setattr(nearest, "CHUNK_NUMBERS", 64)
+    monkeypatch.setattr(van_loan, "CHUNK_NUMBERS", 64)
     for fits in (nearest_kronecker_batch(weights, spec), nearest_kronecker_batch(list(weights), spec)):
         for one, many in zip(single, fits, strict=True):
             torch.testing.assert_close(one.to_dense(), many.to_dense(), rtol=0, atol=1e-12)

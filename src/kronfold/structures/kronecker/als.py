@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kronfold.decompose.fit import Fit
 from kronfold.decompose.weighting import Weighting
-from kronfold.ops import kronecker
+from kronfold.structures.kronecker.matrix import Fit, rearrange, to_dense
 
 SWEEPS = 20
 TOLERANCE = 1e-4  # a fit ends when a sweep lowers its error by less than this share of it
@@ -66,7 +65,7 @@ class Problem:
 
     def relative_error(self, a: Tensor, b: Tensor) -> float:
         """Measured on the residual."""
-        return self.weighting.relative_error(self.weight, kronecker.to_dense(a, b))
+        return self.weighting.relative_error(self.weight, to_dense(a, b))
 
 
 def weighted_fit(weight: Tensor, weighting: Weighting, start: Fit) -> Fit:
@@ -85,7 +84,7 @@ def weighted_fit(weight: Tensor, weighting: Weighting, start: Fit) -> Fit:
     if not problem.total > 0:  # the weight itself costs nothing
         return replace(start, relative_error=0.0, history=[0.0])
     a, b, history = descend(problem, start.a / scale, start.b)
-    a, b = balanced(a, b)
+    a, b = _balanced(a, b)
     root = scale.sqrt()
     error = problem.relative_error(a, b)
     history = [max(past, error) for past in history]
@@ -128,68 +127,37 @@ def with_orthonormal_b(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def a_step(problem: Problem, a: Tensor, b: Tensor) -> Tensor:
     """The best A's (rank, out_a, in_a) for these orthonormal B's; with weighted outputs, a better set than `a`."""
-    rank, out_a, in_a = a.shape
-    out_b = b.shape[1]
+    (rank, out_a, in_a), (_, out_b, in_b) = a.shape, b.shape
+    outputs = problem.weighting.outputs
+
+    def per_row(product: Tensor) -> Tensor:
+        """R(product) contracted with the B's, one line per row of A: (out_a, rank·in_a)."""
+        scores = rearrange(product, out_b, in_b) @ b.flatten(1).T
+        return scores.view(out_a, -1, rank).transpose(1, 2).reshape(out_a, -1)
+
     normal = a_normal(problem.moment, b)
-    if problem.weighting.outputs is None or out_b == 1:  # for out_b = 1, G stands on both sides and cancels
-        right = _per_row(problem.product, b)
-        return _solve(normal, right, _rows(a)).view(out_a, rank, in_a).transpose(0, 1).contiguous()
-    return _conjugate_gradients(problem, a, b, normal)
+    x = a.transpose(0, 1).flatten(1)  # one line per row of A, as above
+    if outputs is None or out_b == 1:  # for out_b = 1, G stands on both sides and cancels
+        x = _solve(normal, per_row(problem.product), x)
+        return x.view(out_a, rank, in_a).transpose(0, 1).contiguous()
 
-
-def a_normal(moment: Tensor, b: Tensor) -> Tensor:
-    """N[(k, j), (l, m)] = Σ_s Σ_tu B_k[s, t] B_l[s, u] H[(j, t), (m, u)]: (rank·in_a) square."""
-    rank, _, in_b = b.shape
-    in_a = moment.shape[0] // in_b
-    pairs = torch.einsum("kst,lsu->kltu", b, b).reshape(rank * rank, in_b * in_b)
-    slots = moment.view(in_a, in_b, in_a, in_b).permute(1, 3, 0, 2).reshape(in_b * in_b, in_a * in_a)
-    return (pairs @ slots).view(rank, rank, in_a, in_a).transpose(1, 2).reshape(rank * in_a, rank * in_a)
-
-
-def _per_row(product: Tensor, b: Tensor) -> Tensor:
-    """R(product) contracted with the B's, one line per row of A: (out_a, rank·in_a)."""
-    rank, out_b, in_b = b.shape
-    out_a = product.shape[0] // out_b
-    scores = kronecker.rearrange(product, out_b, in_b) @ b.flatten(1).T
-    return scores.view(out_a, -1, rank).transpose(1, 2).reshape(out_a, -1)
-
-
-def _rows(a: Tensor) -> Tensor:
-    """(rank, out_a, in_a) -> (out_a, rank·in_a)."""
-    return a.transpose(0, 1).flatten(1)
-
-
-def _solve(normal: Tensor, right: Tensor, current: Tensor) -> Tensor:
-    """X with X N = right (n, m), N (m, m). Where N is singular, a damped step from `current`, which cannot lose."""
-    factor, failed = torch.linalg.cholesky_ex(normal)
-    if not int(failed):
-        return torch.cholesky_solve(right.T, factor).T
-    identity = torch.eye(normal.shape[0], dtype=normal.dtype)
-    ridge = 1e-12 * float(normal.diagonal().mean())
-    while int(failed):
-        factor, failed = torch.linalg.cholesky_ex(normal + ridge * identity)
-        ridge *= 100.0
-    return current + torch.cholesky_solve((right - current @ normal).T, factor).T
-
-
-def _conjugate_gradients(problem: Problem, a: Tensor, b: Tensor, normal: Tensor) -> Tensor:
-    """CG_STEPS preconditioned steps from `a`; the objective falls with each (it is the one CG minimises).
-
-    The preconditioner stands for G ≈ (its mean over B's slots) ⊗ 1: the A-side Kronecker product of that and N.
-    """
-    rank, out_a, in_a = a.shape
-    inputs, outputs = cholesky(normal), _output_factor(problem.weighting.outputs, b.shape[1])
+    # Preconditioned conjugate gradients from `a`: the objective, which is the one they minimise, falls with each step.
+    # The preconditioner stands for G ≈ (its mean over B's slots) ⊗ 1: the A-side Kronecker product of that and N.
+    inputs = cholesky(normal)
+    if outputs.dim() == 1:
+        mean = outputs.view(out_a, out_b).mean(1)  # (out_a,)
+    else:  # (out_a, out_a), factored
+        mean = cholesky(outputs.view(out_a, out_b, out_a, out_b).diagonal(dim1=1, dim2=3).mean(-1))
 
     def gradient(x: Tensor) -> Tensor:
-        dense = kronecker.to_dense(x.view(out_a, rank, in_a).transpose(0, 1), b)
-        return _per_row(problem.weighting.times_outputs(dense @ problem.moment), b)
+        dense = to_dense(x.view(out_a, rank, in_a).transpose(0, 1), b)
+        return per_row(problem.weighting.times_outputs(dense @ problem.moment))
 
     def precondition(x: Tensor) -> Tensor:
         x = torch.cholesky_solve(x.T, inputs).T
-        return x / outputs[:, None] if outputs.dim() == 1 else torch.cholesky_solve(x, outputs)
+        return x / mean[:, None] if mean.dim() == 1 else torch.cholesky_solve(x, mean)
 
-    x = _rows(a)
-    residual = _per_row(problem.weighted, b) - gradient(x)
+    residual = per_row(problem.weighted) - gradient(x)
     step = towards = precondition(residual)
     size = first = float((residual * towards).sum())
     for _ in range(CG_STEPS):
@@ -205,31 +173,20 @@ def _conjugate_gradients(problem: Problem, a: Tensor, b: Tensor, normal: Tensor)
     return x.view(out_a, rank, in_a).transpose(0, 1).contiguous()
 
 
-def cholesky(matrix: Tensor) -> Tensor:
-    """Cholesky factor of a semidefinite matrix, damped as little as it takes."""
-    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype)
-    ridge = 0.0
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    while int(failed):
-        ridge = max(100.0 * ridge, 1e-12 * float(matrix.diagonal().mean()))
-        factor, failed = torch.linalg.cholesky_ex(matrix + ridge * identity)
-    return factor
-
-
-def _output_factor(outputs: Tensor | None, out_b: int) -> Tensor:
-    """The mean of G over B's slots: its diagonal (out_a,), or the Cholesky factor (out_a, out_a)."""
-    assert outputs is not None
-    if outputs.dim() == 1:
-        return outputs.view(-1, out_b).mean(1)
-    out_a = outputs.shape[0] // out_b
-    return cholesky(outputs.view(out_a, out_b, out_a, out_b).diagonal(dim1=1, dim2=3).mean(-1))
+def a_normal(moment: Tensor, b: Tensor) -> Tensor:
+    """N[(k, j), (l, m)] = Σ_s Σ_tu B_k[s, t] B_l[s, u] H[(j, t), (m, u)]: (rank·in_a) square."""
+    rank, _, in_b = b.shape
+    in_a = moment.shape[0] // in_b
+    pairs = torch.einsum("kst,lsu->kltu", b, b).reshape(rank * rank, in_b * in_b)
+    slots = moment.view(in_a, in_b, in_a, in_b).permute(1, 3, 0, 2).reshape(in_b * in_b, in_a * in_a)
+    return (pairs @ slots).view(rank, rank, in_a, in_a).transpose(1, 2).reshape(rank * in_a, rank * in_a)
 
 
 def b_step(problem: Problem, a: Tensor, b: Tensor) -> tuple[Tensor, float]:
     """The best B's (rank, out_b, in_b) for these orthonormal A's, and the squared relative error reached."""
     rank, out_b, in_b = b.shape
     normal = _b_normal(problem, a, out_b, in_b)
-    right = (a.flatten(1) @ kronecker.rearrange(problem.weighted, out_b, in_b)).view(rank, out_b, in_b)
+    right = (a.flatten(1) @ rearrange(problem.weighted, out_b, in_b)).view(rank, out_b, in_b)
     right = right.transpose(0, 1).reshape(1, -1)
     current = b.transpose(0, 1).reshape(1, -1)
     new = _solve(normal, right, current)
@@ -260,7 +217,31 @@ def _b_normal(problem: Problem, a: Tensor, out_b: int, in_b: int) -> Tensor:
     return torch.cat([torch.cat(line, dim=1) for line in lines])
 
 
-def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _solve(normal: Tensor, right: Tensor, current: Tensor) -> Tensor:
+    """X with X N = right (n, m), N (m, m). Where N is singular, a damped step from `current`, which cannot lose."""
+    factor, failed = torch.linalg.cholesky_ex(normal)
+    if not int(failed):
+        return torch.cholesky_solve(right.T, factor).T
+    identity = torch.eye(normal.shape[0], dtype=normal.dtype)
+    ridge = 1e-12 * float(normal.diagonal().mean())
+    while int(failed):
+        factor, failed = torch.linalg.cholesky_ex(normal + ridge * identity)
+        ridge *= 100.0
+    return current + torch.cholesky_solve((right - current @ normal).T, factor).T
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """Cholesky factor of a semidefinite matrix, damped as little as it takes."""
+    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype)
+    ridge = 0.0
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    while int(failed):
+        ridge = max(100.0 * ridge, 1e-12 * float(matrix.diagonal().mean()))
+        factor, failed = torch.linalg.cholesky_ex(matrix + ridge * identity)
+    return factor
+
+
+def _balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The same sum as its own singular terms, as `nearest_kronecker` returns them: by falling size, A_k and B_k with
     equal norms, the largest entry of B_k positive."""
     left, core = torch.linalg.qr(a.flatten(1).T)

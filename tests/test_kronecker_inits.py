@@ -10,13 +10,11 @@ import torch
 import kronfold as kf
 import pico
 from kronfold.base.errors import InputError, RecipeError, ShapeError
-from kronfold.base.specs import KroneckerSpec
-from kronfold.decompose.modified_van_loan import with_equal_entries
-from kronfold.decompose.nearest import nearest_kronecker
-from kronfold.decompose.pruned_kronecker import pruned_kronecker
 from kronfold.decompose.weighting import Weighting
+from kronfold.options import read
 from kronfold.planner.plan import Plan
-from kronfold.planner.recipe import Recipe, validate
+from kronfold.planner.recipe import Recipe
+from kronfold.structures.kronecker import KroneckerSpec, nearest_kronecker, pruned_kronecker, with_equal_entries
 
 
 def weight(rows=12, columns=8) -> torch.Tensor:
@@ -25,7 +23,7 @@ def weight(rows=12, columns=8) -> torch.Tensor:
 
 def recipe(**changes) -> Recipe:
     entry = {"modules": "role:mlp_in", "block": [1, 2], "permute": "none", **changes}
-    return validate(Recipe, {"name": "mine", "stages": [{"name": "one", "compress": [entry]}]}, "Recipe mine")
+    return read(Recipe, {"name": "mine", "stages": [{"name": "one", "compress": [entry]}]}, "Recipe mine")
 
 
 @pytest.mark.parametrize("rank", [1, 3])

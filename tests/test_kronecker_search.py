@@ -9,12 +9,9 @@ import pytest
 import torch
 
 from kronfold.base.errors import InputError, ShapeError
-from kronfold.base.specs import KroneckerSpec
-from kronfold.decompose import permute_gains
-from kronfold.decompose.nearest import nearest_kronecker
-from kronfold.decompose.permute import METHODS, permuted_kronecker
-from kronfold.decompose.permute_starts import nested_specs
-from kronfold.ops import kronecker
+from kronfold.structures.kronecker import KroneckerSpec, matrix, moves, nearest_kronecker
+from kronfold.structures.kronecker.permutations import METHODS, permuted_kronecker
+from kronfold.structures.kronecker.search import nested_specs
 
 EXACT = 1e-9
 
@@ -34,7 +31,7 @@ def planted(spec: KroneckerSpec, noise: float, seed: int = 0) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
     a = torch.randn(spec.rank, *spec.a, generator=g, dtype=torch.float64)
     b = torch.rand(spec.rank, *spec.b, generator=g, dtype=torch.float64) + 0.5
-    clean = kronecker.to_dense(a, b)
+    clean = matrix.to_dense(a, b)
     dirt = torch.randn(spec.shape, generator=g, dtype=torch.float64)
     weight = clean / clean.norm() + noise * dirt / dirt.norm()
     if spec.searches_out:
@@ -192,14 +189,14 @@ def test_a_permutation_really_helps_on_trained_like_weights():
 
 def test_large_sides_are_worked_on_in_parts(monkeypatch):
     largest = []
-    original = permute_gains.linear_sum_assignment
+    original = moves.linear_sum_assignment
 
     def watched(cost, maximize):
         largest.append(max(cost.shape))
         return original(cost, maximize=maximize)
 
-    monkeypatch.setattr(permute_gains, "linear_sum_assignment", watched)
-    monkeypatch.setattr(permute_gains, "GROUPS_AT_ONCE", 16)
+    monkeypatch.setattr(moves, "linear_sum_assignment", watched)
+    monkeypatch.setattr(moves, "GROUPS_AT_ONCE", 16)
     weight = heavy_matrix(600, 8)
     spec = KroneckerSpec(a=(200, 4), b=(3, 2), rank=2)
     for method in METHODS:
@@ -266,7 +263,7 @@ BAD = [
     (torch.zeros(8, 6), {}, InputError, "all zeros"),
     (heavy_matrix(8, 9), {}, ShapeError, "nearest allowed: 1, 3"),
     (heavy_matrix(8, 6)[0], {}, ShapeError, "must be a matrix"),
-    (GOOD, {"method": "anealing"}, InputError, "Did you mean 'annealing'"),
+    (GOOD, {"method": "asignment"}, InputError, "Did you mean 'assignment'"),
     (GOOD, {"tolerance": -1.0}, InputError, "tolerance must be zero or more; got -1.0"),
     (GOOD, {"target_error": float("nan")}, InputError, "target_error must be zero or more"),
     (GOOD, {"max_sweeps": -2}, InputError, "max_sweeps must be zero or more"),

@@ -9,15 +9,11 @@ import pytest
 import torch
 
 from kronfold.base.errors import InputError, ShapeError
-from kronfold.base.specs import KroneckerSpec
-from kronfold.decompose.kronecker_als import Problem, a_step, b_step, sweep, weighted_fit, with_orthonormal_b
-from kronfold.decompose.nearest import nearest_kronecker
-from kronfold.decompose.permute import permuted_kronecker
-from kronfold.decompose.permute_state import Options
-from kronfold.decompose.permute_weighted import _Search
-from kronfold.decompose.permute_weighted_in import moved, rearrangements
 from kronfold.decompose.weighting import Weighting, root
-from kronfold.ops import kronecker
+from kronfold.structures.kronecker import KroneckerSpec, matrix, nearest_kronecker, permuted_kronecker
+from kronfold.structures.kronecker.als import Problem, a_step, b_step, sweep, weighted_fit, with_orthonormal_b
+from kronfold.structures.kronecker.search import Options
+from kronfold.structures.kronecker.weighted_moves import WeightedSearch, moved, rearrangements
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -72,7 +68,7 @@ def oracle(problem: Problem, fixed: torch.Tensor, free: torch.Tensor, side: str)
         unit = torch.zeros(free.numel(), dtype=torch.float64)
         unit[index] = 1.0
         pair = (unit.view_as(free), fixed) if side == "a" else (fixed, unit.view_as(free))
-        dense.append(kronecker.to_dense(*pair))
+        dense.append(matrix.to_dense(*pair))
     design = torch.stack([(left.T @ d @ right).reshape(-1) for d in dense], dim=1)
     target = (left.T @ problem.weight @ right).reshape(-1)
     solution = torch.from_numpy(np.linalg.lstsq(design.numpy(), target.numpy(), rcond=None)[0])
@@ -82,15 +78,15 @@ def oracle(problem: Problem, fixed: torch.Tensor, free: torch.Tensor, side: str)
 @pytest.mark.parametrize("outputs", OUTPUTS)
 @pytest.mark.parametrize(("block", "rank"), CASES)
 def test_half_steps_match_dense_least_squares(block, rank, outputs, monkeypatch):
-    monkeypatch.setattr("kronfold.decompose.kronecker_als.CG_STEPS", 400)  # to the end
+    monkeypatch.setattr("kronfold.structures.kronecker.als.CG_STEPS", 400)  # to the end
     spec = KroneckerSpec.for_weight(SHAPE, block, rank)
     problem = Problem.of(normal(*SHAPE), Weighting(moment(8), OUTPUTS[outputs]).checked(SHAPE))
     a, b = with_orthonormal_b(normal(rank, *spec.a, seed=3), normal(rank, *spec.b, seed=4))
     a = a_step(problem, a, b)
-    torch.testing.assert_close(kronecker.to_dense(a, b), oracle(problem, b, a, "a"), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(matrix.to_dense(a, b), oracle(problem, b, a, "a"), atol=1e-6, rtol=1e-6)
     b, a = with_orthonormal_b(b, a)
     b, error = b_step(problem, a, b)
-    torch.testing.assert_close(kronecker.to_dense(a, b), oracle(problem, a, b, "b"), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(matrix.to_dense(a, b), oracle(problem, a, b, "b"), atol=1e-6, rtol=1e-6)
     assert error**0.5 == pytest.approx(problem.relative_error(a, b), abs=1e-9)
 
 
@@ -110,7 +106,7 @@ def test_few_conjugate_gradients_never_lose(outputs):
 @pytest.mark.parametrize(("block", "rank"), CASES)
 def test_planted_sums_are_recovered(block, rank, outputs):
     spec = KroneckerSpec.for_weight(SHAPE, block, rank)
-    weight = kronecker.to_dense(normal(rank, *spec.a), normal(rank, *spec.b, seed=2))
+    weight = matrix.to_dense(normal(rank, *spec.a), normal(rank, *spec.b, seed=2))
     weighting = Weighting(moment(8), OUTPUTS[outputs])
     for fit in (nearest_kronecker(weight, spec, weighting), permuted_kronecker(weight, spec, weighting=weighting)):
         assert fit.relative_error < 1e-8
@@ -170,13 +166,13 @@ def test_gains_of_column_moves_are_those_of_refitting(block, rank, outputs):
     problem = Problem.of(normal(*shape), Weighting(moment(16), outputs).checked(shape))
     a, b = with_orthonormal_b(normal(rank, *spec.a, seed=3), normal(rank, *spec.b, seed=4))
     a = a_step(problem, a, b)
-    before = problem.weighting.squared_error(problem.weight - kronecker.to_dense(a, b))
+    before = problem.weighting.squared_error(problem.weight - matrix.to_dense(a, b))
     moves = rearrangements(problem, a, b, torch.Generator().manual_seed(0))
     assert moves
     for move in moves:
         cols = moved(torch.arange(16).view(-1, block[1]), [move]).reshape(-1)
         after = problem.arranged(torch.arange(12), cols)
-        residual = after.weight - kronecker.to_dense(a_step(after, a, b), b)
+        residual = after.weight - matrix.to_dense(a_step(after, a, b), b)
         assert move.gain == pytest.approx(before - after.weighting.squared_error(residual), rel=1e-6)
 
 
@@ -200,7 +196,7 @@ def test_a_tall_weight_reduced_to_its_square_root_is_the_same_problem(block, ran
     fit = permuted_kronecker(tall, spec, weighting=weighting)
     problem = Problem.of(tall, weighting).arranged(torch.arange(60), fit.perm_in)
     whole = a_step(problem, torch.zeros(rank, *spec.a, dtype=torch.float64), with_orthonormal_b(fit.a, fit.b)[1])
-    reduced = _Search(tall, spec, weighting, Options(0, 1e-3, -1.0, 5))
+    reduced = WeightedSearch(tall, spec, weighting, Options(0, 1e-3, -1.0, 5))
     assert reduced.is_compact
     state, history = reduced.begin(fit, 0)
     error = problem.relative_error(whole, with_orthonormal_b(fit.a, fit.b)[1])

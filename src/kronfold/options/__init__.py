@@ -1,0 +1,93 @@
+"""Settings: one class for each job, the same in YAML, on the command line and in Python. No torch.
+
+A class lists its fields once, each with its default, its range and a sentence of help. YAML and the command line read
+it through `read`; Python calls it. Both name every fault at once, with the nearest names for what is unknown.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kronfold.base.errors import InputError, suggest
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+
+class _NamesFaults(ModelMetaclass):
+    """Makes `Options(...)` raise InputError. Classes inside other ones are built without this call, so that all faults
+    of the whole are found."""
+
+    def __call__(cls: type[Options], *args: Any, **given: Any) -> Any:  # type: ignore[misc]
+        try:
+            return type.__call__(cls, *args, **given)
+        except ValidationError as error:
+            raise cls.error(faults_of(cls, error, cls.__name__)) from error
+
+
+class Options(BaseModel, metaclass=_NamesFaults):
+    """Base of all settings: unknown names are refused, and nothing changes once it is made.
+
+    Raises:
+        InputError: every value that cannot be used, in one message.
+    """
+
+    error: ClassVar[type[InputError]] = InputError  # of what cannot be used
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+T = TypeVar("T", bound=Options)
+
+
+def read(model: type[T], given: Any, label: str) -> T:
+    """`model` from a mapping, as a file or the command line gives it.
+
+    Args:
+        label: what the mapping is, the first words of an error: "Recipe mine.yaml", "These options".
+
+    Raises:
+        model.error: what is given is no mapping, or every fault in it.
+    """
+    if not isinstance(given, dict):
+        raise model.error(f"{label} must be a mapping with the keys {', '.join(model.model_fields)}.")
+    try:
+        return model.model_validate(given)
+    except ValidationError as found:
+        raise model.error(faults_of(model, found, label)) from found
+
+
+def faults_of(model: type[BaseModel], error: ValidationError, label: str) -> str:
+    """One message of all faults, a line each: where, what is wrong, what was given."""
+    lines = []
+    for entry in error.errors():
+        # the parts that name a class say which member of a union was tried
+        location = [part for part in entry["loc"] if not (isinstance(part, str) and part[:1].isupper())]
+        where = ".".join(str(part) for part in location)
+        if entry["type"] == "extra_forbidden":
+            names = _fields_at(model, location[:-1])
+            lines.append(f"{where}: unknown key. {suggest(str(location[-1]), names, limit=24)}")
+            continue
+        given = "" if isinstance(entry["input"], dict | list) else f" (given: {entry['input']!r})"
+        said = entry["msg"].removeprefix("Value error, ") + given
+        lines.append(f"{where}: {said}" if where else said)
+    return f"{label} has {len(lines)} fault{'s' * (len(lines) > 1)}:\n  " + "\n  ".join(lines)
+
+
+def _fields_at(model: type[BaseModel], location: list[Any]) -> list[str]:
+    """Field names of the nested class at a location such as ('stages', 0, 'heal')."""
+
+    def types_in(annotation: Any) -> list[Any]:
+        inner = getattr(annotation, "__args__", ())
+        return [annotation, *(found for part in inner for found in types_in(part))]
+
+    for step in (part for part in location if isinstance(part, str)):
+        annotation = model.model_fields[step].annotation if step in model.model_fields else None
+        nested = [found for found in types_in(annotation) if isinstance(found, type) and issubclass(found, BaseModel)]
+        if nested:
+            model = nested[0]
+    return list(model.model_fields)
