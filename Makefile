@@ -2,8 +2,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+BENCH ?= build/bench-quick
 
-.PHONY: demo test lint clean
+.PHONY: help demo test lint bench-quick clean
+
+help:
+	@echo "make demo         set up $(VENV) and run the demo (DEMO=\"--heal-tokens 60000\" for options)"
+	@echo "make test         set up for development and run the tests (TESTS=tests/test_planner.py for a part)"
+	@echo "make lint         ruff, mypy, and the arrows between the rooms"
+	@echo "make bench-quick  every benchmark on tiny sizes: does it run? (results in $(BENCH))"
+	@echo "make clean        remove $(VENV) and what the demo wrote"
 
 demo: $(VENV)/.ready
 	$(BIN)/kronfold demo $(DEMO)
@@ -16,6 +24,9 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench-quick: $(VENV)/.ready-dev
+	$(BIN)/python benchmarks/bench.py --quick --overwrite --threads 2 -o $(BENCH) all
 
 clean:
 	rm -rf $(VENV) kronfold-demo

@@ -1,7 +1,7 @@
 """How fast text is cleaned, tokenised and packed: MB/s of one worker, and what that means for OpenWebText.
 
-    python benchmarks/data_preparation.py -o results.json
-    python benchmarks/data_preparation.py --source web.jsonl --workers 4 --threads 4 -o results.json
+    python benchmarks/data_preparation.py --threads 1 -o data_preparation.json
+    python benchmarks/data_preparation.py --source web.jsonl --workers 4 --threads 4 -o data_preparation.json
 
 Without --source it makes web-like text with a seed: pages of 50 to 1,500 words from a Zipf-like vocabulary, one in ten
 a copy or an altered copy of an earlier page, one in five with an HTML line. Its words are not English, so the tokenizer
@@ -21,48 +21,37 @@ import argparse
 import json
 import os
 import random
-import tempfile
+import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from rich.console import Console
-from rich.table import Table
 
+from bench import Benchmark, Run, environment, figure, own_cache, table
 from kronfold.assets import teacher_path
-from kronfold.base.files import check_output, write_json
-from kronfold.base.results import document
 from kronfold.data.clean import clean
 from kronfold.data.encode import encode_documents
 from kronfold.data.packing import pack
 from kronfold.data.sources import documents
 from kronfold.models.load import load_tokenizer
 
-OPENWEBTEXT_BYTES = 39_769_491_688
-OPENWEBTEXT_DOCUMENTS = 8_013_769
+OPENWEBTEXT = {"bytes": 39_769_491_688, "documents": 8_013_769, "from": "its dataset card"}
 BLOCK = 1024
-STEPS = ("clean", "read_and_tokenise", "read_tokenise_and_pack", "read_and_pack_again")
 _STOP_WORDS = "the of and to in a that is was for with be have on it as by at from this".split()  # noqa: SIM905
 _HTML = ("<div class='nav'>home | news</div>", "<li><a href='/x'>more</a></li>", "<p>All rights reserved.</p>")
 T = TypeVar("T")
 
 
-def vocabulary(draw: random.Random, size: int = 40_000) -> list[str]:
-    """Made-up words of two to four syllables, the short ones first, as frequent words are short."""
-    made: dict[str, None] = {}
-    while len(made) < size:
-        syllables = 2 if len(made) < size // 10 else 3 if len(made) < size // 2 else 4
-        made["".join(draw.choice("bcdfghklmnprstvw") + draw.choice("aeiou") for _ in range(syllables))] = None
-    return list(made)
-
-
 def pages(megabytes: float, seed: int) -> Iterator[str]:
     """Web-like documents, about `megabytes` million bytes in all."""
     draw = random.Random(seed)
-    words = vocabulary(draw)
-    earlier: list[str] = []
-    written = 0
+    made: dict[str, None] = {}  # words of two to four syllables, the short ones first, as frequent words are short
+    while len(made) < 40_000:
+        syllables = 2 if len(made) < 4_000 else 3 if len(made) < 20_000 else 4
+        made["".join(draw.choice("bcdfghklmnprstvw") + draw.choice("aeiou") for _ in range(syllables))] = None
+    words, earlier, written = list(made), [], 0
     while written < megabytes * 1e6:
         kind = draw.random()
         if earlier and kind < 0.1:
@@ -95,116 +84,73 @@ def _page(draw: random.Random, words: list[str]) -> str:
     return "\n".join(" ".join(sentences[i : i + 5]) for i in range(0, len(sentences), 5))
 
 
-Seconds = tuple[float, float]
-
-
-def timed(work: Callable[[], T]) -> tuple[T, Seconds]:
-    """What `work` returns, and seconds: by the clock, of this process's processor time."""
+def timed(work: Callable[[], T], megabytes: float, workers: int) -> tuple[T, dict[str, float | None]]:
+    """What `work` returns, and its rate: MB/s per worker by the clock, and by processor time with one worker; the same
+    in hours for OpenWebText."""
     clock, cpu = time.perf_counter(), time.process_time()
     found = work()
-    return found, (time.perf_counter() - clock, time.process_time() - cpu)
-
-
-def rate(megabytes: float, seconds: Seconds, workers: int) -> dict[str, float | None]:
-    """MB/s per worker by the clock, and by processor time with one worker; the same in hours for OpenWebText."""
-    clock = megabytes / seconds[0] / workers
-    cpu = megabytes / seconds[1] if workers == 1 else None
-    return {
-        "seconds": round(seconds[0], 2),
-        "cpu_seconds": round(seconds[1], 2) if cpu else None,
-        "megabytes_per_second_and_worker": round(clock, 4),
-        "megabytes_per_cpu_second": round(cpu, 4) if cpu else None,
-        "openwebtext_worker_hours": round(OPENWEBTEXT_BYTES / 1e6 / clock / 3600, 2),
-        "openwebtext_core_hours": round(OPENWEBTEXT_BYTES / 1e6 / cpu / 3600, 2) if cpu else None,
+    clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
+    hours, alone = OPENWEBTEXT["bytes"] / 1e6 / megabytes / 3600, workers == 1
+    return found, {
+        "seconds": round(clock, 2),
+        "cpu_seconds": round(cpu, 2) if alone else None,
+        "megabytes_per_second_and_worker": megabytes / clock / workers,
+        "megabytes_per_cpu_second": megabytes / cpu if alone else None,
+        "openwebtext_worker_hours": round(hours * clock * workers, 2),
+        "openwebtext_core_hours": round(hours * cpu, 2) if alone else None,
     }
 
 
-def table(found: dict[str, Any]) -> Table:
-    """The rates, and what they mean for OpenWebText."""
-    title = f"{found['megabytes']:.0f} MB, and OpenWebText ({OPENWEBTEXT_BYTES / 1e9:.2f} GB) at these rates"
-    shown = Table(title=title)
-    for name in ("step", "seconds", "processor s", "MB/s", "MB per processor s", "hours", "core hours"):
-        shown.add_column(name, justify="left" if name == "step" else "right")
-    for step in STEPS:
-        values = list(found[step].values())
-        shown.add_row(step.replace("_", " "), *("" if value is None else f"{value:.2f}" for value in values))
-    return shown
-
-
-def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """All rates of one source."""
-    source = options.source
-    if source is None:
-        source = work / "web.jsonl"
-        with source.open("w", encoding="utf-8") as file:
-            for text in pages(options.megabytes, options.seed):
-                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    size = sum(len(text.encode()) for text in documents(source)) / 1e6
-    manifest, cleaning = timed(
-        lambda: clean(
-            source, work / "clean", workers=options.workers, seed=options.seed, shard_megabytes=options.shard_megabytes
+def measure(run: Run) -> dict[str, Any]:
+    options, threads = run.options, torch.get_num_threads()
+    parallel = {"TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false", "RAYON_NUM_THREADS": str(threads)}
+    with own_cache() as place, environment(**parallel):  # without these one worker is not one core
+        source = options.source or place / "web.jsonl"
+        if not options.source:
+            with source.open("w", encoding="utf-8") as file:
+                for text in pages(options.megabytes, options.seed):
+                    file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        size = sum(len(text.encode()) for text in documents(source)) / 1e6
+        cleaned, steps = place / "clean", {}
+        cleaning = {"workers": options.workers, "seed": options.seed, "shard_megabytes": options.shard_megabytes}
+        manifest, steps["clean"] = timed(lambda: clean(source, cleaned, **cleaning), size, options.workers)
+        left = sum(len(text.encode()) for text in documents(cleaned)) / 1e6
+        tokenizer = load_tokenizer(options.tokenizer)
+        count = lambda: sum(map(len, encode_documents(documents(cleaned), tokenizer)))  # noqa: E731
+        with environment(KRONFOLD_TOKEN_CACHE_GB="0"):
+            tokens, steps["read and tokenise"] = timed(count, left, threads)
+        blocks, steps["read, tokenise and pack"] = timed(
+            lambda: pack(documents(cleaned), tokenizer, BLOCK), left, threads
         )
-    )
-    cleaned = work / "clean"
-    left = sum(len(text.encode()) for text in documents(cleaned)) / 1e6
-    tokenizer = load_tokenizer(options.tokenizer)
-    tokens, tokenising = timed(lambda: sum(map(len, encode_documents(documents(cleaned), tokenizer))))
-    blocks, packing = timed(lambda: pack(documents(cleaned), tokenizer, BLOCK))
-    _, again = timed(lambda: pack(documents(cleaned), tokenizer, BLOCK))
-    threads = options.threads
+        _, steps["the same again"] = timed(lambda: pack(documents(cleaned), tokenizer, BLOCK), left, threads)
+    title = f"{size:.0f} MB, and OpenWebText ({OPENWEBTEXT['bytes'] / 1e9:.2f} GB) at these rates"
+    names = ("step", "seconds", "processor s", "MB/s", "MB per processor s", "hours", "core hours")
+    cells = [(name, *("" if v is None else f"{v:.2f}" for v in step.values())) for name, step in steps.items()]
+    Console().print(table(title, names, cells))
+    dropped = {one["filter"]: one["documents_in"] - one["documents_out"] for one in manifest["filters"]}
     return {
-        "megabytes": round(size, 3),
-        "megabytes_after_cleaning": round(left, 3),
-        "documents": manifest["input"]["documents"],
-        "documents_after_cleaning": manifest["output"]["documents"],
+        "figures": [figure(f"{name}: MB/s", step["megabytes_per_second_and_worker"]) for name, step in steps.items()],
+        "megabytes": {"read": size, "after_cleaning": left},
+        "documents": {"read": manifest["input"]["documents"], "after_cleaning": manifest["output"]["documents"]},
         "tokens": tokens,
         "blocks": len(blocks),
-        "clean": rate(size, cleaning, options.workers),
-        "read_and_tokenise": rate(left, tokenising, threads),
-        "read_tokenise_and_pack": rate(left, packing, threads),
-        "read_and_pack_again": rate(left, again, threads),
-        "dropped": {
-            entry["filter"]: entry["documents_in"] - entry["documents_out"] for entry in manifest["filters"]
-        },
-    }  # fmt: skip
+        "steps": steps,
+        "dropped": dropped,
+        "openwebtext": OPENWEBTEXT,
+        "load_average": os.getloadavg(),
+    }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", help="text to prepare instead of made-up text")
-    parser.add_argument("--megabytes", type=float, default=100)
-    parser.add_argument("--workers", type=int, default=1, help="processes that clean")
-    parser.add_argument("--threads", type=int, default=1, help="threads that tokenise")
-    parser.add_argument("--quick", action="store_true", help="2 MB: does it run at all")
-    parser.add_argument("--shard-megabytes", type=float, default=8)
-    parser.add_argument("--tokenizer", default=str(teacher_path()), help="default: that of the model in the package")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-o", "--output", required=True)
-    options = parser.parse_args()
-    output = check_output(options.output, overwrite=True)
-    if options.quick:
-        options.megabytes = 2.0
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if options.threads > 1 else "false"  # else one worker is one core
-    os.environ["RAYON_NUM_THREADS"] = str(options.threads)
-    with tempfile.TemporaryDirectory() as work:
-        os.environ["KRONFOLD_CACHE"] = str(Path(work) / "cache")  # what lies in the user's own cache must not count
-        found = measure(options, Path(work))
-    settings = {key: getattr(options, key) for key in ("megabytes", "workers", "threads", "shard_megabytes", "seed")}
-    settings["source"] = Path(options.source).name if options.source else "made up"
-    reference = {"bytes": OPENWEBTEXT_BYTES, "documents": OPENWEBTEXT_DOCUMENTS, "from": "its dataset card"}
-    write_json(
-        output,
-        document(
-            "data-preparation",
-            options.seed,
-            settings=settings,
-            load_average=os.getloadavg(),
-            openwebtext=reference,
-            **found,
-        ),
-    )
-    Console().print(table(found))
+def add_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--source", help="text to prepare instead of made-up text")
+    made.add_argument("--megabytes", type=float, default=100, help="of made-up text")
+    made.add_argument("--workers", type=int, default=1, help="processes that clean; --threads tokenise")
+    made.add_argument("--shard-megabytes", type=float, default=8)
+    made.add_argument("--tokenizer", default=str(teacher_path()), help="default: that of the model in the package")
 
+
+QUICK = {"source": None, "megabytes": 0.2, "workers": 1}
+BENCHMARK = Benchmark("data_preparation", __doc__ or "", add_options, measure, QUICK, rounds=1)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(BENCHMARK.main())

@@ -1,12 +1,12 @@
 """How long `kronfold --help` and `kronfold plan config:gpt2` take, from nothing to the answer.
 
-    python benchmarks/startup.py -o results.json
+    python benchmarks/startup.py --threads 1 -o startup.json
     python benchmarks/startup.py --imports 20          # what loading costs, module by module
 
-Every run is a fresh process; the first one of each command is warm-up (files come into memory, .pyc files are written).
-Medians of wall time count; processor time stands beside it, because on a machine that does other work only that means
-much. `python -c "import torch"` and the part of transformers that any model needs are measured in the same run: nothing
-that answers a question about a transformers model starts faster than they do.
+Every run is a fresh process; the first of each command is warm-up (files come into memory, .pyc files are written).
+Wall time counts; processor time is in the file, because on a machine that does other work only that means much.
+`python -c "import torch"` and the part of transformers that any model needs are measured beside: nothing that answers a
+question about a transformers model starts faster than they do.
 """
 
 from __future__ import annotations
@@ -18,15 +18,12 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
-from rich.table import Table
 
-from kronfold.base.errors import KronfoldError
-from kronfold.base.files import check_output, write_json
-from kronfold.base.results import document
+from bench import Benchmark, Run, figure, table
 
 KRONFOLD = ["-m", "kronfold"]
 COMMANDS: dict[str, tuple[list[str], float | None]] = {  # arguments of python, bar in seconds of wall time
@@ -38,40 +35,15 @@ COMMANDS: dict[str, tuple[list[str], float | None]] = {  # arguments of python, 
 }
 
 
-def run(arguments: list[str], threads: int) -> tuple[float, float]:
+def fresh_process(arguments: list[str]) -> tuple[float, float]:
     """Seconds of one fresh process: wall, processor."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else no run leaves the next one what it compiled
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
     wall = time.perf_counter() - started
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def measure(rounds: int, threads: int) -> list[dict[str, Any]]:
-    """One row per command, the commands in turn so that a busy moment touches all alike."""
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in COMMANDS}
-    for round_ in range(rounds + 1):
-        for name, (arguments, _) in COMMANDS.items():
-            taken = run(arguments, threads)
-            if round_:
-                seconds[name].append(taken)
-    rows = []
-    for name, taken in seconds.items():
-        wall, processor = (statistics.median(values) for values in zip(*taken, strict=True))
-        bar = COMMANDS[name][1]
-        rows.append(
-            {
-                "command": name,
-                "wall_seconds": round(wall, 3),
-                "processor_seconds": round(processor, 3),
-                "slowest_wall_seconds": round(max(wall for wall, _ in taken), 3),
-                "bar_wall_seconds": bar,
-                "ratio_to_bar": round(wall / bar, 3) if bar else None,
-            }
-        )
-    return rows
 
 
 def imports(arguments: list[str], count: int) -> list[dict[str, Any]]:
@@ -86,57 +58,34 @@ def imports(arguments: list[str], count: int) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: -row["seconds"])[:count]
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    shown = Table(title="Start-up, seconds (at most the bar: ratio 1 or less)")
-    for name in ("command", "wall", "slowest", "processor", "bar", "ratio to bar"):
-        shown.add_column(name, justify="left" if name == "command" else "right")
-    for row in rows:
-        shown.add_row(
-            row["command"],
-            f"{row['wall_seconds']:.2f}",
-            f"{row['slowest_wall_seconds']:.2f}",
-            f"{row['processor_seconds']:.2f}",
-            f"{row['bar_wall_seconds']}" if row["bar_wall_seconds"] else "",
-            f"{row['ratio_to_bar']:.2f}" if row["ratio_to_bar"] else "",
-        )
-    return shown
+def measure(run: Run) -> dict[str, Any]:
+    quick = run.options.quick
+    commands = {name: entry for name, entry in COMMANDS.items() if not quick or name in ("python", "kronfold --help")}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    for turn in range(run.options.rounds + (0 if quick else 1)):
+        for name, (arguments, _) in commands.items():
+            taken = fresh_process(arguments)
+            if turn or quick:
+                seconds[name].append(taken)
+    rows, heavy = [], {}
+    for name, taken in seconds.items():
+        wall, processor = (statistics.median(values) for values in zip(*taken, strict=True))
+        slowest = max(wall for wall, _ in taken)
+        rows.append({"command": name, "wall_seconds": wall, "processor_seconds": processor, "slowest": slowest})
+        arguments, bar = commands[name]
+        if run.options.imports and bar:
+            heavy[name] = imports(arguments, run.options.imports)
+            cells = [(one["module"], f"{one['seconds']:.3f}", f"{one['own_seconds']:.3f}") for one in heavy[name]]
+            Console().print(table(f"Imports of {name}", ("module", "seconds with what it imports", "own"), cells))
+    figures = [figure(f"{row['command']}, s", row["wall_seconds"], commands[row["command"]][1], True) for row in rows]
+    return {"figures": figures, "rows": rows, "imports": heavy}
 
 
-def imports_table(name: str, rows: list[dict[str, Any]]) -> Table:
-    shown = Table(title=f"Imports of {name}")
-    for column in ("module", "seconds with what it imports", "own"):
-        shown.add_column(column, justify="left" if column == "module" else "right")
-    for row in rows:
-        shown.add_row(row["module"], f"{row['seconds']:.3f}", f"{row['own_seconds']:.3f}")
-    return shown
+def add_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--imports", type=int, default=0, metavar="N", help="also list the N heaviest imports")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--rounds", type=int, default=9, help="processes of each command after the warm-up")
-    parser.add_argument("--quick", action="store_true", help="one round: does it run at all")
-    parser.add_argument("--imports", type=int, default=0, metavar="N", help="also list the N heaviest imports")
-    parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of the processes")
-    parser.add_argument("-o", "--output", type=Path, help="write every figure as JSON")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
-    options = parser.parse_args()
-    try:
-        if options.output:
-            check_output(options.output, options.overwrite)
-        rows = measure(1 if options.quick else options.rounds, options.threads)
-        console, heavy = Console(), {}
-        console.print(table(rows))
-        for name, (arguments, bar) in COMMANDS.items():
-            if options.imports and bar:
-                heavy[name] = imports(arguments, options.imports)
-                console.print(imports_table(name, heavy[name]))
-        if options.output:
-            write_json(options.output, document("startup", None, threads=options.threads, rows=rows, imports=heavy))
-    except KronfoldError as error:
-        parser.exit(error.exit_code, f"{error}\n")
-
+BENCHMARK = Benchmark("startup", __doc__ or "", add_options, measure, rounds=9)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(BENCHMARK.main())

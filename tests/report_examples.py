@@ -176,3 +176,35 @@ def unfinished_document() -> dict[str, Any]:
     document["stages"][1].update(after_healing=None, tokens=0, seconds=None, losses=[])
     del document["controls"], document["samples"], document["total_seconds"]
     return document
+
+
+def beside_document() -> dict[str, Any]:
+    """A run with `auto` beside it, as the demo writes it: every row says its learning rate."""
+    document = run_document()
+    for stages in (document["stages"], document["controls"]["plain_kronecker"]["stages"]):
+        for stage in stages:
+            stage["learning_rate"] = 5e-4
+    document["controls"]["dense_finetuned"]["learning_rate"] = 2e-4
+    rows = [
+        {
+            "name": f"transformer.h.{h}.mlp.c_fc", "structure": "low_rank", "label": "rank 40 of 192",
+            "spec": {"structure": "low_rank", "rank": 40}, "held_parameters": 37_440, "teacher_parameters": 147_456,
+            "relative_error": 0.31, "predicted_loss": 0.004,
+        }
+        for h in range(6)
+    ]  # fmt: skip
+    document["beside"] = {
+        "recipe": {"name": "auto", "description": "Planned."},
+        "held_parameters": 2_145_001, "macs_per_token": 2_001_000, "bytes_fp16": 4_290_002, "index_bytes": 0,
+        "stages": [
+            {
+                "name": "auto", "rows": rows, "held_parameters": 2_145_001, "before_healing": 29.44,
+                "after_healing": 28.13, "learning_rate": 1e-4, "tokens": 1_228_800, "seconds": 99.5,
+                "decompose_seconds": 7.25, "losses": _losses(random.Random(8), 1_228_800, 0.2, 3.4),
+            }
+        ],
+        "checkpoint": "auto",
+    }  # fmt: skip
+    for when, text in (("before healing", " is used to execute a function."), ("healed", " is used to run a string.")):
+        document["samples"].append({"who": f"auto, {when}", "prompt": _PROMPT, "text": text})
+    return document

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+import pico
 from kronfold.base.errors import CheckpointError, DataError, InputError
 from kronfold.data.tokenizer import train_tokenizer
 from kronfold.evaluate.perplexity import PROTOCOLS, perplexity
@@ -73,6 +75,19 @@ def naive_sliding(model: GPT2LMHeadModel, ids: list[int], window: int, stride: i
     return math.exp(nll / (len(ids) - 1)), nll, len(ids) - 1
 
 
+def naive_scored(tokenizer: PreTrainedTokenizerFast, text: str, left_out) -> tuple[int, int]:
+    """(words, bytes) of a text without the tokens at the positions `left_out`, by the tokenizer's own offsets."""
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    spans = found["offset_mapping"]
+    starts = [match.start() for match in re.finditer(r"\S+", text)]
+    owners = [next(i for i, (start, end) in enumerate(spans) if start <= place < end) for place in starts]
+    # A token of byte-level BPE is written with one character for each byte.
+    sizes = [len(token) for token in tokenizer.convert_ids_to_tokens(found["input_ids"])]
+    assert sum(sizes) == len(text.encode())
+    left = set(left_out)
+    return sum(owner not in left for owner in owners), sum(size for i, size in enumerate(sizes) if i not in left)
+
+
 def of_length(tokens: int, tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[int]]:
     """A text of exactly `tokens` tokens, and them."""
     text = tokenizer.decode(tokenizer.encode(TEXT, add_special_tokens=False)[:tokens])
@@ -93,8 +108,10 @@ def test_equals_the_naive_twin(model, tokenizer, protocol: str, length: int) -> 
     assert found.tokens == twin[2]
     assert found.words == len(text.split())
     assert found.bytes == len(text.encode())
-    assert found.perplexity_per_word == pytest.approx(math.exp(twin[1] / found.words), rel=RELATIVE * 100)
-    assert found.perplexity_per_byte == pytest.approx(math.exp(twin[1] / found.bytes), rel=RELATIVE)
+    words, text_bytes = naive_scored(tokenizer, text, range(0, length, CONTEXT) if protocol == "paper" else [0])
+    assert (found.scored_words, found.scored_bytes) == (words, text_bytes)
+    assert found.perplexity_per_word == pytest.approx(math.exp(twin[1] / max(words, 1)), rel=RELATIVE * 100)
+    assert found.perplexity_per_byte == pytest.approx(math.exp(twin[1] / text_bytes), rel=RELATIVE)
 
 
 def test_the_short_last_window_weighs_as_much_under_paper_only(model, tokenizer) -> None:
@@ -143,6 +160,58 @@ def test_uniform_logits_give_the_vocabulary(tokenizer) -> None:
         flat.transformer.wte.weight.zero_()
     for protocol in PROTOCOLS:
         assert perplexity(flat, tokenizer, TEXT, protocol).perplexity == pytest.approx(300, rel=1e-5)
+
+
+def flat(tokenizer, context: int) -> GPT2LMHeadModel:
+    """A model to which all tokens are equally likely: every target costs the logarithm of the vocabulary."""
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=context, n_embd=8, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        model.transformer.wte.weight.zero_()
+    return model
+
+
+@pytest.mark.parametrize(("protocol", "left_out"), [("paper", 3), ("sliding", 1)])
+def test_words_and_bytes_are_those_of_the_targets(protocol: str, left_out: int) -> None:
+    """Ten words of one token each: by hand, every scored word costs log(vocabulary), so that is the number per word."""
+    reader = pico.tokenizer()
+    text = " ".join(pico.TEXT.split()[:10])
+    found = perplexity(flat(reader, 4), reader, text, protocol)  # windows of 4, 4 and 2 tokens under `paper`
+    assert found.tokens == found.scored_words == 10 - left_out
+    assert found.perplexity_per_word == pytest.approx(len(reader), rel=1e-5)
+
+
+@pytest.mark.parametrize("join", ["documents", "one"])
+def test_bytes_of_the_targets(tokenizer, join: str) -> None:
+    """Bytes alone (a vocabulary without merges): per byte is then the size of the vocabulary, joins left out."""
+    bare = train_tokenizer(["ab"], 258)
+    texts = ["zö xy", "qß"] if join == "documents" else ["zö xyqß"]
+    found = perplexity(flat(bare, 4), bare, iter(texts), "paper")
+    size = len("\n\n".join(texts).encode())
+    assert found.scored_bytes == found.tokens == size - -(-size // 4)
+    assert found.perplexity_per_byte == pytest.approx(len(bare), rel=1e-5)
+    sliding = perplexity(flat(bare, 4), bare, iter(texts))
+    assert sliding.scored_bytes == len("".join(texts).encode()) - 1, "a joining token stands for no byte"
+
+
+def test_words_of_a_sentencepiece_tokenizer() -> None:
+    """Its tokens carry their space as a mark, and bytes it does not know one by one."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "g"]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    core = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    reader = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+    text = "ö g gg"
+    ids = reader.encode(text, add_special_tokens=False)
+    assert reader.convert_ids_to_tokens(ids) == ["▁", "<0xC3>", "<0xB6>", "▁", "g", "▁", "g", "g"]
+    found = perplexity(flat(reader, 4), reader, text, "paper")  # the first ▁ and the first g open a window each
+    assert found.scored_words == 2  # ö begins in <0xC3>, "gg" in its first g
+    assert found.scored_bytes == len(text.encode()) - 1, "the first ▁ is no character of the text"
 
 
 def test_windows_follow_the_context_and_the_result_says_so(model, tokenizer) -> None:

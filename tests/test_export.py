@@ -165,7 +165,7 @@ def _broken(checkpoint, tmp_path, change_config=None, change_weights=None):
 
 C_FC = "transformer.h.1.mlp.c_fc"
 CONFIG_FAULTS = {
-    "newer format": (lambda q: q.update(format_version=2), "format version 2.*reads up to 1.*Upgrade"),
+    "newer format": (lambda q: q.update(format_version=3), "format version 3.*reads up to 2.*Upgrade"),
     "unknown key": (lambda q: q.update(colour="red"), "unknown keys.*colour"),
     "no specs": (lambda q: q.pop("specs"), "not a mapping"),
     "unknown structure": (lambda q: q["specs"][C_FC].update(structure="kroneker"), "unknown structure.*'kronecker'"),

@@ -26,7 +26,7 @@ from kronfold.planner.recipe import load_recipe
 from kronfold.planner.sizing import TOLERANCE
 from kronfold.report import numbers
 from kronfold.report.comparison import columns, compared, comparison_table, markdown
-from kronfold.report.comparison_page import render_comparison, write_comparison
+from kronfold.report.page import render_comparison, write_comparison
 
 TOKENS = 3 * 2048
 ROLES = ["role:mlp_in", "role:mlp_out", "role:attention_in", "role:embedding"]

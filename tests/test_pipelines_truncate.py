@@ -23,8 +23,8 @@ from kronfold.planner.plan_diff import diff
 from kronfold.planner.planning import check_plan
 from kronfold.planner.recipe import Recipe
 from kronfold.report.page import render
-from kronfold.report.plans import diff_table
-from kronfold.report.tables import plan_table, run_summary
+from kronfold.report.plans import diff_table, plan_table
+from kronfold.report.tables import run_summary
 
 FFN = {"modules": "role:mlp_in", "blocks": "odd", "block": [4, 2], "rank": 2}
 

@@ -10,7 +10,8 @@ from rich.console import Console
 from kronfold.base.errors import InputError
 from kronfold.report import numbers
 from kronfold.report.document import short_names
-from kronfold.report.tables import gathers_line, plan_table, run_summary
+from kronfold.report.plans import plan_table
+from kronfold.report.tables import gathers_line, run_summary
 from report_examples import bare_document, run_document, unfinished_document
 
 

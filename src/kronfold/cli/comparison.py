@@ -36,6 +36,8 @@ def compare(
     ] = None,
     target_ratio: t.TargetRatio = None,
     target_params: t.TargetParams = None,
+    text_column: t.TextColumnName = "text",
+    max_bad_rows: t.MaxBadRows = None,
     objective: Annotated[
         str, typer.Option(help="own: each recipe's objective; same: the default one for all.")
     ] = "own",
@@ -61,7 +63,7 @@ def compare(
     from kronfold.pipelines.compare import CompareOptions
     from kronfold.pipelines.compare import compare as run_comparison
     from kronfold.report.comparison import comparison_table
-    from kronfold.report.comparison_page import write_comparison
+    from kronfold.report.page import write_comparison
 
     device = t.prepare(device, seed)
     options = CompareOptions(
@@ -76,6 +78,7 @@ def compare(
         objective=t.one_of("--objective", objective, ("own", "same")),
         calibration=calibration or [],
         cache=str(cache_directory()) if cache else None,
+        reading=t.reading(text_column, max_bad_rows),
         protocol=protocol,
         block_size=block_size,
         seed=seed,
@@ -100,16 +103,15 @@ def report(
 ) -> None:
     """Draw the HTML page of a result file anew."""
     from kronfold.base.files import check_output, write_text
+    from kronfold.base.results import read
     from kronfold.report.comparison import comparison_table
-    from kronfold.report.comparison_page import render_comparison
-    from kronfold.report.document import read_document
-    from kronfold.report.page import render
+    from kronfold.report.page import render, render_comparison
     from kronfold.report.tables import run_summary
 
     check_output(output, overwrite)
-    document = read_document(results)
-    compared = document.get("schema") == "kronfold/compare"
+    document = read(results, "run", "compare")
+    compared = document["schema"] == "kronfold/compare"
     write_text(output, render_comparison(document) if compared else render(document))
     shown: Any = comparison_table(document) if compared else run_summary(document)
-    t.emit(dict(document), json, shown)
+    t.emit(document, json, shown)
     t.say(f"The page is {output}")

@@ -57,7 +57,7 @@ def finetune(
     from kronfold.options.finetune import LABELS_ONLY, FineTuneConfig
     from kronfold.options.healing import ObjectiveConfig
     from kronfold.pipelines import finetune as pipeline
-    from kronfold.report.evaluations import finetune_table
+    from kronfold.report.tables import finetune_table
 
     if not teacher and (method != "kd" or method_option):
         raise InputError("--method and --method-option say how to learn from a teacher; give --teacher too.")

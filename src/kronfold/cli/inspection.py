@@ -42,6 +42,14 @@ def evaluate(
         str | None, typer.Option(help="Directory of further lm-eval task files.", show_default=False)
     ] = None,
     protocol: Annotated[str, typer.Option(help="sliding (default) or paper; see README.")] = "sliding",
+    rows: Annotated[
+        str,
+        typer.Option(
+            help="Whether rows are the lines of one text or documents: auto (say which was found), lines, documents."
+        ),
+    ] = "auto",
+    text_column: t.TextColumnName = "text",
+    max_bad_rows: t.MaxBadRows = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Windows per forward pass; changes no number.", show_default=False)
     ] = None,
@@ -58,9 +66,9 @@ def evaluate(
     from kronfold.base import processes
     from kronfold.base.errors import InputError
     from kronfold.base.files import check_output, write_json
-    from kronfold.evaluate.texts import named_texts
+    from kronfold.evaluate.texts import ROWS, named_texts
     from kronfold.pipelines import evaluation
-    from kronfold.report.evaluations import suite_table, task_table
+    from kronfold.report.tables import suite_table, task_table
 
     if suite and tasks:
         raise InputError("--suite and --tasks are two measurements; run them one after the other.")
@@ -76,18 +84,21 @@ def evaluate(
     source = t.resolve_model(model)
     options: dict[str, Any] = {"batch_size": batch_size, "tokenizer": tokenizer, "device": device, "dtype": dtype}
     options["name"] = model
+    measured: dict[str, Any] = {
+        "protocol": protocol,
+        "rows": t.one_of("--rows", rows, ROWS),
+        "reading": t.reading(text_column, max_bad_rows),
+    }
     with t.progress_bar() as report:
         if suite:
             named = named_texts(texts)
-            document = evaluation.evaluate_suite(
-                source, suite, named, lambada, protocol=protocol, report=report, **options
-            )
+            document = evaluation.evaluate_suite(source, suite, named, lambada, report=report, **measured, **options)
             shown: Any = suite_table(document)
         elif tasks:
             document = evaluation.evaluate_tasks(source, tasks.split(","), task_files, **options)
             shown = task_table(document["results"], f"{model}, lm-eval {document['lm_eval']}")
         else:
-            document = evaluation.evaluate_text(source, texts[0], protocol, report=report, **options)
+            document = evaluation.evaluate_text(source, texts[0], report=report, **measured, **options)
             shown = _eval_lines(document)
     if output:
         processes.on_main(lambda: write_json(output, document))
@@ -102,8 +113,20 @@ def _eval_lines(found: dict[str, Any]) -> str:
         f"  {found['tokens']:,} tokens, {found['words']:,} words, {found['bytes']:,} bytes, "
         f"nll {found['nll']:,.2f} nats\n"
         f"  protocol: {how}\n"
+        f"  text: {_read_line(found['read'])}\n"
         f"  {found['held_parameters']:,} held parameters"
     )
+
+
+def _read_line(read: dict[str, Any]) -> str:
+    said = [f"{read['source']}" + (f", split {read['split']}" if read.get("split") else "")]
+    said.append(f"{read['documents']:,} document{'' if read['documents'] == 1 else 's'}")
+    said += [f"{joined['rows']:,} rows of {name} are its lines" for name, joined in (read["rows_joined"] or {}).items()]
+    if read["skipped_rows"]:
+        said.append(f"{read['skipped_rows']:,} rows without text skipped ({read['first_skipped']})")
+    if read["replaced_surrogates"]:
+        said.append(f"{read['replaced_surrogates']:,} lone surrogates replaced")
+    return ", ".join([*said, f"sha256 {read['sha256'][:12]}"])
 
 
 def inspect(model: t.Model, json: t.Json = False) -> None:
@@ -199,7 +222,7 @@ def tune(
 ) -> None:
     """Measure this machine for a few seconds, so that structured layers choose the fastest way to compute on it."""
     from kronfold.pipelines.tuning import tune as measure
-    from kronfold.report.simple_table import simple_table
+    from kronfold.report.tables import simple_table
 
     document = measure(t.prepare(device), dtypes.split(","), threads, save=save)
     table = simple_table("Nanoseconds", ("rate", *(row["dtype"] for row in document["rows"])), 1)

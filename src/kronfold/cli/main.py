@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import traceback
@@ -57,6 +58,11 @@ for room in (compression, comparison, inspection, finetuning, conversion, prepar
     room.add_to(app)
 
 
+def _no_news(record: logging.LogRecord) -> bool:
+    """accelerate loads DeepSpeed, where it is installed, with every model saved; without a GPU it then says so."""
+    return "Setting accelerator to CPU" not in record.getMessage()
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Exit codes: 0 done, 2 something given cannot be used, 1 a fault of kronfold's own.
 
@@ -64,6 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
+    logging.getLogger("DeepSpeed").addFilter(_no_news)
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         with _silent_unless_main(debug):

@@ -43,7 +43,7 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help=".txt (one document), .jsonl or .parquet (one per row), also .gz, a directory of them, or a datasets id.",
+        help=".txt (one document), .jsonl or .parquet (one per row), also .gz and .zst, a directory, or a datasets id.",
         show_default=False,
     ),
 ]
@@ -69,6 +69,7 @@ def clean(
     workers: Annotated[int | None, typer.Option(help="Processes at once; default: 1.", show_default=False)] = None,
     format: Annotated[str | None, typer.Option(help="jsonl (default) or parquet.", show_default=False)] = None,
     text_column: TextColumn = None,
+    max_bad_rows: t.MaxBadRows = None,
     seed: Annotated[int | None, typer.Option(help="Seed of MinHash; default: 0.", show_default=False)] = None,
     resume: t.Resume = False,
     overwrite: t.Overwrite = False,
@@ -76,13 +77,13 @@ def clean(
 ) -> None:
     """Repair web text, drop markup, boilerplate and duplicates; counts and examples per filter in the manifest."""
     from kronfold.data.clean import clean as run
-    from kronfold.report.cleaning import cleaning_table
+    from kronfold.report.tables import cleaning_table
 
     names = [name.strip() for name in filters.split(",") if name.strip()] if filters is not None else None
     with t.progress_bar() as report:
         document = run(
             source, output, settings, filters=names, workers=workers, format=format, text_column=text_column,
-            seed=seed, resume=resume, overwrite=overwrite, report=report,
+            max_bad_rows=max_bad_rows, seed=seed, resume=resume, overwrite=overwrite, report=report,
         )  # fmt: skip
     if document.get("submitted"):
         t.emit(document, json, "Submitted to Slurm. When the jobs have ended, run the same command with --resume.")
@@ -97,6 +98,7 @@ def sample(
     output: Shards,
     format: Annotated[str, typer.Option(help="jsonl or parquet.")] = "jsonl",
     text_column: TextColumn = None,
+    max_bad_rows: t.MaxBadRows = None,
     seed: Annotated[int, typer.Option(help="Which documents are drawn.")] = 0,
     overwrite: t.Overwrite = False,
     json: t.Json = False,
@@ -105,8 +107,9 @@ def sample(
     from kronfold.data.sample import sample as run
 
     document = run(
-        source, output, fraction, seed=seed, format=format, text_column=text_column or "text", overwrite=overwrite
-    )
+        source, output, fraction, seed=seed, format=format, text_column=text_column or "text",
+        max_bad_rows=max_bad_rows, overwrite=overwrite,
+    )  # fmt: skip
     found, drawn = document["input"], document["output"]
     t.emit(
         document,
@@ -145,6 +148,8 @@ def teach(
     tokens: Annotated[int, typer.Option(help="How many tokens of the text; a healing may read them several times.")],
     top_k: Annotated[int, typer.Option(help="Tokens kept of each position; all others are one bucket.")] = 64,
     temperature: Annotated[float, typer.Option(help="Temperature of the KL term that will learn from it.")] = 1.0,
+    text_column: t.TextColumnName = "text",
+    max_bad_rows: t.MaxBadRows = None,
     block_size: t.BlockSize = None,
     batch_size: Annotated[int, typer.Option(help="Windows that go through the model at once.")] = 8,
     device: t.Device = "auto",
@@ -159,6 +164,7 @@ def teach(
     with t.progress_bar() as report:
         document = teach_to(
             t.resolve_model(model), train_text, output, tokens=tokens, k=top_k, temperature=temperature,
+            reading=t.reading(text_column, max_bad_rows),
             block_size=block_size, batch_size=batch_size, device=device, resume=resume, overwrite=overwrite,
             report=report,
         )  # fmt: skip

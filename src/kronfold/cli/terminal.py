@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -13,12 +14,15 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
-from rich.progress import TimeRemainingColumn as Remaining
+from rich.progress import Progress as Bars
+
+from kronfold.base.progress import Progress, State
+from kronfold.report import numbers
 
 out = Console()
 err = Console(stderr=True)
@@ -85,7 +89,26 @@ TargetMacs = Annotated[
     str | None, typer.Option(help="Budget in multiply-accumulates per token, e.g. 60M.", show_default=False)
 ]
 TargetBytes = Annotated[str | None, typer.Option(help="Budget in bytes in fp16, e.g. 160MB.", show_default=False)]
-Text = Annotated[str, typer.Option(help=".txt, .jsonl or .parquet (also .gz), a directory of them, or a datasets id.")]
+Text = Annotated[
+    str,
+    typer.Option(
+        help=".txt, .jsonl or .parquet (also .gz, .zst), a directory of them, or a datasets id: ID, ID:CONFIG@SPLIT."
+    ),
+]
+TextColumnName = Annotated[
+    str,
+    typer.Option(
+        "--text-column", help="Column of the text in rows; several, comma-separated: the first that a row has."
+    ),
+]
+MaxBadRows = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|N%",
+        help="Rows without text that are skipped at most; default: 100 or 1%, whichever is more, and below half.",
+        show_default=False,
+    ),
+]
 
 
 def emit(document: dict[str, Any], as_json: bool, *readable: Any) -> None:
@@ -99,64 +122,75 @@ def emit(document: dict[str, Any], as_json: bool, *readable: Any) -> None:
 
 def say(text: str) -> None:
     """A line for the person watching; never part of the result."""
-    err.print(text, highlight=False)
+    err.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+LOG_EVERY = 30.0  # seconds between two lines about one step, where there is no terminal
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Any]:
-    """Yields `report(what, done, total)`; shows one bar on stderr with elapsed time and ETA.
+def progress_bar() -> Iterator[Progress]:
+    """Yields a `Progress` that shows one bar on stderr, with elapsed time and time left.
 
-    Where stderr is no terminal, each new task is announced by one line instead. What libraries print on stdout
-    meanwhile (DeepSpeed logs there) goes to stderr: stdout is for results.
+    Where stderr is no terminal, each step is announced by one line, and followed by another every 30 s. What libraries
+    print on stdout meanwhile (DeepSpeed logs there) goes to stderr: stdout is for results.
     """
-    with contextlib.redirect_stdout(sys.stderr), _bars() as report:
-        yield report
+    with contextlib.redirect_stdout(sys.stderr):
+        if not err.is_terminal:
+            yield Progress(log_lines())
+            return
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+        )
+        with Bars(*columns, console=err, transient=True) as bars:
+            yield Progress(one_bar(bars))
 
 
-@contextlib.contextmanager
-def _bars() -> Iterator[Any]:
-    if not err.is_terminal:
-        yield _announcer()
-        return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        Remaining(),
-    )
-    with Progress(*columns, console=err, transient=True) as bars:
-        current: dict[str, Any] = {"kind": None, "task": None}
+def one_bar(bars: Bars) -> Callable[[State], None]:
+    """Shows a step as the one task of `bars`; the next step takes its place."""
+    shown: dict[str, Any] = {"task": None}
 
-        def report(what: str, done: int, total: int) -> None:
-            kind = _kind(what)
-            if kind != current["kind"]:
-                if current["task"] is not None:
-                    bars.remove_task(current["task"])
-                current.update(kind=kind, task=bars.add_task(what, total=total))
-            bars.update(current["task"], description=what, completed=done, total=total)
+    def show(state: State) -> None:
+        if state.first:
+            if shown["task"] is not None:
+                bars.remove_task(shown["task"])
+            shown["task"] = bars.add_task(state.step, total=state.total)
+        item = [str(state.facts["item"])] if "item" in state.facts else []
+        said = " ".join([state.step, *item])
+        bars.update(
+            shown["task"], description=", ".join([said, *_told(state)]), completed=state.done, total=state.total
+        )
 
-        yield report
+    return show
 
 
-def _kind(what: str) -> str:
-    """Task identity: what is being done, without the detail that changes from step to step."""
-    first = what.split(" (")[0]
-    return next((kind for kind in ("decompose", "sensitivity", "fit") if first.startswith(kind)), first)
+def log_lines(clock: Callable[[], float] = time.monotonic) -> Callable[[State], None]:
+    """Prints a line when a step begins, and one every `LOG_EVERY` seconds of it: done, loss, tokens/s, time left."""
+    last: dict[str, Any] = {"step": None, "at": 0.0}
+
+    def show(state: State) -> None:
+        now = clock()
+        if state.first and state.step != last["step"]:
+            say(f"{state.step} ...")
+            last.update(step=state.step, at=now)
+        elif now - last["at"] >= LOG_EVERY:
+            left = [f"{numbers.duration(state.left)} left"] if state.left else []
+            say(", ".join([f"{state.step}: {state.done:,} of {state.total:,}", *_told(state), *left]))
+            last["at"] = now
+
+    return show
 
 
-def _announcer() -> Any:
-    seen: list[str] = []
-
-    def report(what: str, done: int, total: int) -> None:
-        kind = _kind(what)
-        if not seen or seen[-1] != kind:
-            seen.append(kind)
-            say(f"{kind} ...")
-
-    return report
+def _told(state: State) -> list[str]:
+    """Loss and tokens per second in words, where they are known."""
+    loss, pace = state.facts.get("loss"), state.tokens_per_second
+    return [*([] if loss is None else [f"loss {loss:.3f}"]), *([] if pace is None else [f"{pace:,.0f} tokens/s"])]
 
 
 def budget(params: str | None, ratio: float | None, macs: str | None, bytes_: str | None) -> Any:
@@ -166,6 +200,13 @@ def budget(params: str | None, ratio: float | None, macs: str | None, bytes_: st
     from kronfold.planner.budget import Budget
 
     return Budget.parse(params, ratio, macs, bytes_)
+
+
+def reading(text_column: str, max_bad_rows: str | None) -> Any:
+    """How text sources are read. Raises InputError."""
+    from kronfold.data.bad_rows import Reading
+
+    return Reading(text_column, max_bad_rows)
 
 
 def one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:

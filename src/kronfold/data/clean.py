@@ -79,7 +79,8 @@ def _prepare(partial: Path, source: str | Path, settings: CleanSettings, resume:
         return partial
     if partial.exists() and not (overwrite or resume):
         raise OutputError(f"{partial} holds an unfinished run. Pass resume to continue it, or overwrite to start anew.")
-    next(documents(source, text_column=settings.text_column))  # a source that cannot be read leaves nothing behind
+    # A source that cannot be read leaves nothing behind.
+    next(documents(source, text_column=settings.text_column, max_bad_rows=settings.max_bad_rows))
     with explain_write_errors(partial):
         if partial.exists():
             shutil.rmtree(partial)
@@ -97,7 +98,10 @@ def _read(source: str | Path, partial: Path, settings: CleanSettings, report: Pr
     if report:
         report("clean: read", 0, 1)
     try:
-        return spool(source, place, int(settings.shard_megabytes * 1e6), text_column=settings.text_column)
+        return spool(
+            source, place, int(settings.shard_megabytes * 1e6),
+            text_column=settings.text_column, max_bad_rows=settings.max_bad_rows,
+        )  # fmt: skip
     except DataError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -189,7 +193,7 @@ def _manifest(
         workers=settings.workers,
         executor=settings.executor,
         seconds=round(seconds, 2),
-        input={key: value for key, value in found.items() if key != "source"} | {"source": str(source)},
+        input=found,
         output={key: filters[-1][f"{key}_out"] for key in counts} | {"files": described(files, result)},
         filters=filters,
     )

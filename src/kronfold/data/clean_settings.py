@@ -50,6 +50,7 @@ class CleanSettings(Options):
 
     `shard_megabytes`: text per shard, in millions of characters; a task of the pipeline is one shard, so the result
     depends on it (through which document of a near-duplicate cluster stays), but not on `workers`.
+    `text_column`, `max_bad_rows`: see `Reading`.
     `executor`: "local", "slurm" or "ray"; `cluster`: arguments of datatrove's executor of that name (partition, time,
     env_command, ...). `examples`: drops quoted per filter in the manifest.
     """
@@ -59,6 +60,7 @@ class CleanSettings(Options):
     filters: tuple[str, ...] = Field(default=DEFAULT_FILTERS, min_length=1)
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     text_column: str = "text"
+    max_bad_rows: str | int | None = None
     format: Literal["jsonl", "parquet"] = "jsonl"
     seed: int = Field(default=0, ge=0, lt=2**32)
     shard_megabytes: float = Field(default=32, gt=0)

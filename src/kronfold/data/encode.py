@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from kronfold.base.files import sha256_of_source
-from kronfold.data.text_pieces import may_be_split, pieces
+from kronfold.data.sources import parts_of
+from kronfold.data.text_pieces import may_be_split, pieces_of_parts
 from kronfold.data.token_cache import TokenCache, token_cache
 
 _FIRST = 1 << 12  # characters of the first batch; each is twice the one before, so little is read in vain
@@ -35,14 +36,17 @@ def encode_documents(documents: Iterable[str], tokenizer: Any) -> Iterator[np.nd
                 begun = []
 
 
-def token_stream(documents: Iterable[str], tokenizer: Any, end: int | None = None) -> Iterator[np.ndarray]:
+def token_stream(
+    documents: Iterable[str], tokenizer: Any, end: int | None = None, *, most: int | None = None
+) -> Iterator[np.ndarray]:
     """Token ids of all documents one after the other, in arrays of any length (1-D, uint16 or uint32).
 
     Without special tokens, but `end` after every document. What was tokenised before comes from the token cache.
+    `most`: tokens that are wanted at most; no more of a long text is held than can be needed for so many.
     """
     encoder = Encoder(tokenizer)
     cache, made_by = token_cache(), ""
-    for batch in encoder.batches(documents):
+    for batch in encoder.batches(documents, most):
         if cache is None or sum(len(text) for text, _ in batch) < WORTH_KEEPING:
             yield encoder.joined(batch, end)
             continue
@@ -77,11 +81,11 @@ class Encoder:
         self.backend = _plain_backend(tokenizer)
         self.splits = self.backend is not None and may_be_split(self.backend)
 
-    def batches(self, documents: Iterable[str]) -> Iterator[list[Piece]]:
-        """The documents, long ones in pieces, in batches of growing size."""
+    def batches(self, documents: Iterable[str], most: int | None = None) -> Iterator[list[Piece]]:
+        """The documents, long ones in pieces, in batches of growing size. `most`: as in `token_stream`."""
         batch: list[Piece] = []
         size, wanted = 0, _FIRST
-        for piece in self._pieces(documents):
+        for piece in self._pieces(documents, most):
             batch.append(piece)
             size += len(piece[0]) + 1
             if size >= wanted:
@@ -90,17 +94,11 @@ class Encoder:
         if batch:
             yield batch
 
-    def _pieces(self, documents: Iterable[str]) -> Iterator[Piece]:
-        for text in documents:
-            if not self.splits or len(text) <= PIECE:
-                yield text, True
-                continue
-            last = None
-            for part in pieces(text, PIECE):
-                if last is not None:
-                    yield last, False
-                last = part
-            yield last or "", True
+    def _pieces(self, documents: Iterable[str], most: int | None) -> Iterator[Piece]:
+        # No entry of the vocabulary is longer, so this many characters hold the tokens that are wanted.
+        enough = None if most is None else max(PIECE, most * max(map(len, self.tokenizer.get_vocab())))
+        parts = ((text, ends) for text, ends, _ in parts_of(documents))
+        return pieces_of_parts(parts, PIECE if self.splits else None, enough)
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, without special tokens; several at a time where the tokenizer can."""

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from kronfold.base.errors import DataError
 from kronfold.data.encode import token_stream
+from kronfold.data.sources import record_of
 
 
 class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
@@ -19,10 +20,12 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
 
     `ids`: (blocks, block_size) uint16 or uint32. The labels are not shifted; `transformers` models shift inside.
     Order is fixed, so that the Trainer's seeded sampler can shuffle it and resume at any position.
+    `read`: what the source says was read for them (`Texts.record`), None for texts that came from elsewhere.
     """
 
-    def __init__(self, ids: np.ndarray) -> None:
+    def __init__(self, ids: np.ndarray, read: dict[str, Any] | None = None) -> None:
         self.ids = ids
+        self.read = read
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -54,7 +57,7 @@ def pack(documents: Iterable[str], tokenizer: Any, block_size: int, *, max_token
         raise DataError(f"max_tokens is {max_tokens}, less than one block of {block_size} tokens. Give more.")
     pieces: list[np.ndarray] = []
     count = 0
-    for ids in token_stream(documents, tokenizer, end=tokenizer.eos_token_id):
+    for ids in token_stream(documents, tokenizer, tokenizer.eos_token_id, most=max_tokens):
         pieces.append(ids)
         count += len(ids)
         if max_tokens is not None and count >= max_tokens:
@@ -65,4 +68,4 @@ def pack(documents: Iterable[str], tokenizer: Any, block_size: int, *, max_token
             f"The text holds {count} tokens, less than one block of {block_size}. Give more text or a smaller block."
         )
     flat = np.concatenate(pieces)[: kept * block_size]
-    return TokenBlocks(flat.reshape(kept, block_size))
+    return TokenBlocks(flat.reshape(kept, block_size), record_of(documents))

@@ -14,7 +14,8 @@ from kronfold.base.errors import DataError, InputError, suggest
 from kronfold.base.files import atomic_directory, check_output, write_json
 from kronfold.data.clean_settings import FORMATS
 from kronfold.data.shards import ShardWriter, described
-from kronfold.data.sources import documents, source_files
+from kronfold.data.sources import documents
+from kronfold.data.text_files import source_files
 
 _REPORT_EVERY = 10_000  # documents
 
@@ -37,6 +38,7 @@ def sample(
     seed: int = 0,
     format: str = "jsonl",
     text_column: str = "text",
+    max_bad_rows: str | int | None = None,
     shard_megabytes: float = 256,
     overwrite: bool = False,
     report: Callable[[str, int, int], None] | None = None,
@@ -44,7 +46,8 @@ def sample(
     """Draw about `fraction` of the documents of `source`, independently of each other, into `output`.
 
     TQCompressor heals on 3.1 % of OpenWebText (arXiv 2401.16367): fraction 0.031. Reads as a stream; blank documents
-    are never drawn. `output` receives shards of `shard_megabytes` million characters that `documents` reads, and
+    are never drawn. `text_column`, `max_bad_rows`: see `Reading`.
+    `output` receives shards of `shard_megabytes` million characters that `documents` reads, and
     manifest.json (returned). Raises InputError (fraction, seed, format), DataError (source; nothing drawn),
     OutputError (place taken).
     """
@@ -59,7 +62,7 @@ def sample(
     check_output(output, overwrite)
     seen = {"documents": 0, "characters": 0, "words": 0}
     drawn = dict(seen)
-    texts = documents(source, text_column=text_column)
+    texts = documents(source, text_column=text_column, max_bad_rows=max_bad_rows)
     with atomic_directory(output, overwrite) as place:
         kind = GzipShards if format == "jsonl" else ShardWriter
         writer = kind(place, int(shard_megabytes * 1e6))
@@ -84,8 +87,9 @@ def sample(
             seed,
             settings={"fraction": fraction, "format": format, "text_column": text_column},
             input={
-                "source": str(source),
+                "source": texts.about["source"],
                 **seen,
+                "read": texts.record(),
                 "files": described(source_files(path), path if path.is_dir() else path.parent) if path.exists() else [],
             },
             output={**drawn, "files": described(sorted(place.iterdir()), place)},
@@ -116,7 +120,7 @@ class GzipShards:
             self.file = gzip.GzipFile("", "wb", 6, self.raw, mtime=0)
             self.shards += 1
         row = json.dumps({"id": name, "text": text}, ensure_ascii=False)
-        self.file.write(row.encode("utf-8", "replace") + b"\n")
+        self.file.write(row.encode() + b"\n")
         self.held += len(text)
         if self.held >= self.limit:
             self.close()

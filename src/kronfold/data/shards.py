@@ -8,13 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from kronfold.base.files import sha256_of, write_json
-from kronfold.data.sources import documents, source_files
+from kronfold.data.sources import documents
+from kronfold.data.text_files import source_files
 
 _ROWS = 1000
 DONE = "shards.json"
 
 
-def spool(source: str | Path, folder: Path, shard_characters: int, *, text_column: str = "text") -> dict[str, Any]:
+def spool(
+    source: str | Path,
+    folder: Path,
+    shard_characters: int,
+    *,
+    text_column: str = "text",
+    max_bad_rows: str | int | None = None,
+) -> dict[str, Any]:
     """Write the documents of `source` to `folder`/00000.parquet and on, columns id (place in the source) and text.
 
     A shard takes whole documents in order until it holds `shard_characters`, so shards depend on the source only.
@@ -26,8 +34,9 @@ def spool(source: str | Path, folder: Path, shard_characters: int, *, text_colum
     digest = hashlib.sha256()
     found = {"documents": 0, "blank": 0, "characters": 0, "words": 0}
     writer = ShardWriter(folder, shard_characters)
-    for index, text in enumerate(documents(source, text_column=text_column)):
-        content = text.encode("utf-8", "surrogatepass")
+    texts = documents(source, text_column=text_column, max_bad_rows=max_bad_rows)
+    for index, text in enumerate(texts):
+        content = text.encode()
         digest.update(len(content).to_bytes(8, "little") + content)
         if not text.strip():
             found["blank"] += 1
@@ -40,11 +49,12 @@ def spool(source: str | Path, folder: Path, shard_characters: int, *, text_colum
     path = Path(source)
     files = source_files(path) if path.exists() else []
     summary = {
-        "source": str(source),
+        "source": texts.about["source"],
         **found,
         "sha256": digest.hexdigest(),
         "files": described(files, path if path.is_dir() else path.parent),
         "shards": shards,
+        "read": texts.record(),
     }
     write_json(folder / DONE, summary)
     return summary
@@ -78,8 +88,7 @@ class ShardWriter:
             self.file = parquet.ParquetWriter(self.folder / f"{self.shards:05d}.parquet", self.schema)
             self.shards += 1
         self.ids.append(name)
-        # A lone surrogate (JSON can hold one) cannot be stored as UTF-8; it becomes a question mark.
-        self.texts.append(text.encode("utf-8", "replace").decode() if not text.isascii() else text)
+        self.texts.append(text)
         self.held += len(text)
         if len(self.ids) >= _ROWS or self.held >= self.limit:
             self._flush()

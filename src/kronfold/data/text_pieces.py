@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 _PLACE = re.compile("[A-Za-z](?= )")
@@ -33,11 +33,29 @@ _NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}  # a space composes w
 
 def pieces(text: str, least: int) -> Iterator[str]:
     """`text` in order, in pieces of at least `least` characters where places for that are found."""
-    start = 0
-    while len(text) - start > least and (found := _PLACE.search(text, start + least - 1)):
-        yield text[start : found.end()]
-        start = found.end()
-    yield text[start:]
+    return (piece for piece, _ in pieces_of_parts([(text, True)], least))
+
+
+def pieces_of_parts(
+    parts: Iterable[tuple[str, bool]], least: int | None, most: int | None = None
+) -> Iterator[tuple[str, bool]]:
+    """The pieces of texts that come in parts, each with whether its text ends there. How parts are cut changes nothing.
+
+    `least`: characters of a piece; None cuts nowhere. `most`: what grows beyond it without a place is cut anywhere, so
+    that no text fills the memory.
+    """
+    held, searched = "", 0
+    for part, ends in parts:
+        held += part
+        start = 0
+        while least is not None and (found := _PLACE.search(held, max(start + least - 1, searched))):
+            yield held[start : found.end()], False
+            start = found.end()
+        held = held[start:]
+        searched = max(0, len(held) - 1)  # of the last character it is not known yet what follows
+        if ends or (most is not None and len(held) > most):
+            yield held, ends
+            held, searched = "", 0
 
 
 def may_be_split(backend: Any) -> bool:

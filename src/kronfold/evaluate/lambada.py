@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from kronfold.base.errors import CheckpointError, DataError, InputError
-from kronfold.data.sources import documents
+from kronfold.data.bad_rows import Reading
+from kronfold.data.text_files import ending
 from kronfold.evaluate.forward import in_turn, split_head
+from kronfold.evaluate.texts import measured_documents, open_text
 
 _TOKENS_PER_BATCH = 4096  # chosen batch: about this many tokens per forward pass
 _DEFAULT_CONTEXT = 2048  # lm-eval's, for a model that names no length
@@ -37,7 +39,8 @@ class LambadaResult:
     """Last-word accuracy (0 to 1, with its standard error) and perplexity per last word, over `passages` passages.
 
     `nll`: total negative log likelihood of the targets, nats. `target_tokens`: tokens of all targets. `truncated`:
-    passages longer than the model's context.
+    passages longer than the model's context. `read`: source, split, documents and hash of the passages (see
+    `Texts.record`); it takes no part in comparing results for equality.
     """
 
     accuracy: float
@@ -48,6 +51,7 @@ class LambadaResult:
     truncated: int
     nll: float
     protocol: dict[str, Any]
+    read: dict[str, Any] = dataclasses.field(compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary with the field names as keys."""
@@ -73,8 +77,8 @@ def lambada(
     """Last-word accuracy and perplexity of `model` (a `transformers` causal LM), as lm-eval's `lambada_openai`.
 
     Args:
-        source: a .jsonl or .parquet file (also .gz) with one passage a row in "text", a `datasets` id such as
-            `EleutherAI/lambada_openai:default:test`, or the passages themselves.
+        source: a .jsonl or .parquet file (also .gz or .zst) with one passage a row in "text", a `datasets` id such as
+            `EleutherAI/lambada_openai:default@test`, what `passages` returned, or the passages themselves.
         batch_size: passages per forward pass; changes speed and memory only. Processes under torchrun share the
             batches, and every one must call this.
         progress: called with (passages done, passages in all).
@@ -86,7 +90,8 @@ def lambada(
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; give at least 1, or leave it out.")
     context = _context(model, tokenizer)
-    asked = [_question(text, number, tokenizer, context) for number, text in enumerate(passages(source), 1)]
+    given, read = measured_documents(passages(source), "documents", lines_are_documents=False)
+    asked = [_question(text, number, tokenizer, context) for number, text in enumerate(given, 1)]
     if not asked:
         raise DataError('There are no LAMBADA passages. Give a .jsonl file with one {"text": ...} a line.')
     hits = tokens = 0
@@ -109,16 +114,17 @@ def lambada(
         truncated=sum(question.truncated for question in asked),
         nll=total,
         protocol={**PROTOCOL, "model_context": context},
+        read=read,
     )
 
 
-def passages(source: str | Path | Iterable[str]) -> Iterable[str]:
+def passages(source: str | Path | Iterable[str], reading: Reading = Reading()) -> Iterable[str]:  # noqa: B008 - frozen
     """The passages of a source, one string each. Raises DataError, at the call, for a path that cannot be one."""
     if not isinstance(source, str | Path):
         return source
-    if str(source).removesuffix(".gz").endswith(".txt"):
+    if ending(str(source)) == ".txt":
         raise DataError(f'{source} is one text; LAMBADA\'s passages come one {{"text": ...}} a line in a .jsonl file.')
-    return documents(source, split="test")
+    return open_text(source, reading)
 
 
 def _context(model: Any, tokenizer: Any) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby, islice
 from pathlib import Path
@@ -15,11 +17,12 @@ from torch.nn import functional
 
 from kronfold.base.errors import CheckpointError, DataError, InputError, suggest
 from kronfold.data.encode import token_stream
-from kronfold.data.sources import documents
 from kronfold.distill.chunked import cached_rows
 from kronfold.evaluate.forward import in_turn, split_head
+from kronfold.evaluate.texts import ROWS, Rows, measured_documents, open_text
 
 _TOKENS_PER_BATCH = 4096  # chosen batch: about this many tokens per forward pass
+_TOKENS_BEFORE = 8  # read to see whether a word begins in a token
 _LOGITS_PER_CHUNK = 1 << 24  # at most about this many logits (64 MiB in fp32) at once
 
 
@@ -46,7 +49,11 @@ class PerplexityResult:
 
     `perplexity`: per token, as `protocol` averages. `tokens`: targets counted. `words`, `bytes`: of the joined
     text (words: separated by white space; bytes: UTF-8; end-of-text joins count in neither). `nll`: total negative
-    log likelihood of the targets, nats; per word and per byte are exp(nll / words) and exp(nll / bytes).
+    log likelihood of the targets, nats. `scored_words`, `scored_bytes`: words that begin and bytes that stand in the
+    targets (the first token of a text, under `paper` of every window, is none); per word and per byte are
+    exp(nll / scored_words) and exp(nll / scored_bytes).
+    `read`: source, split, documents, hash and what else there is to say of the text measured; see `Texts.record`. It
+    takes no part in comparing results for equality.
     """
 
     perplexity: float
@@ -57,6 +64,9 @@ class PerplexityResult:
     nll: float
     perplexity_per_word: float
     perplexity_per_byte: float
+    scored_words: int
+    scored_bytes: int
+    read: dict[str, Any] = dataclasses.field(compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary with the field names as keys."""
@@ -70,12 +80,15 @@ def perplexity(
     text: str | Path | Iterable[str],
     protocol: str = "sliding",
     *,
+    rows: Rows = "auto",
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PerplexityResult:
     """Perplexity of `model` (a `transformers` causal LM) on `text`.
 
-    `text`: a string (one document), a Path (see `kronfold.data.sources.documents`), or documents. Protocols:
+    `text`: a string (one document), a Path (see `kronfold.data.sources.documents`), what `open_text` returned, or
+    documents. Rows that are lines of one text are put together again first, so that the container changes no number
+    (`rows`: "auto" finds out by `lines_of_one_text`, "lines" and "documents" say it). Protocols:
 
     - `paper` (the published tables): documents joined by a blank line; the documents of a .txt file are its lines
       as the Hugging Face WikiText rows have them (a line keeps its newline, a blank line is ""); windows of 1024
@@ -94,7 +107,12 @@ def perplexity(
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; give at least 1, or leave it out.")
     chosen, note = _fit_context(PROTOCOLS[protocol], model)
-    ids, words, text_bytes = _encode(_documents(text, chosen), tokenizer, chosen)
+    if rows not in ROWS:
+        raise InputError(f"rows is {rows!r}. {suggest(rows, ROWS)}")
+    texts, read = measured_documents(
+        open_text(text) if isinstance(text, Path) else text, rows, lines_are_documents=chosen.name == "paper"
+    )
+    ids, words, text_bytes = _encode(texts, tokenizer, chosen)
     if len(ids) < 2 or not text_bytes:
         raise DataError(f"The text has {len(ids)} token(s); perplexity needs at least 2. Give more text.")
     windows = list(_windows(len(ids), chosen))
@@ -106,6 +124,8 @@ def perplexity(
     if not math.isfinite(nll):
         raise CheckpointError("The model's loss on this text is not finite: its weights hold NaN or inf. Get it again.")
     mean = math.fsum(means) / len(means) if chosen.name == "paper" else nll / tokens
+    first = [0] if chosen.name == "sliding" else list(range(0, len(ids), chosen.stride))
+    left_words, left_bytes = _unscored(ids, first, tokenizer, tokenizer.eos_token_id if chosen.join is None else None)
     join = chosen.join if chosen.join is not None else tokenizer.eos_token
     described = {
         **dataclasses.asdict(chosen),
@@ -121,8 +141,11 @@ def perplexity(
         words,
         text_bytes,
         nll,
-        _exp(nll / max(words, 1)),
-        _exp(nll / text_bytes),
+        _exp(nll / max(words - left_words, 1)),
+        _exp(nll / max(text_bytes - left_bytes, 1)),
+        words - left_words,
+        text_bytes - left_bytes,
+        read,
     )
 
 
@@ -139,37 +162,69 @@ def _fit_context(protocol: Protocol, model: Any) -> tuple[Protocol, str | None]:
     return dataclasses.replace(protocol, window=context, stride=stride), note
 
 
-def _documents(text: str | Path | Iterable[str], protocol: Protocol) -> Iterable[str]:
-    if isinstance(text, str):
-        return [text]
-    if not isinstance(text, Path):
-        return text
-    if protocol.name == "paper" and text.name.removesuffix(".gz").endswith(".txt"):
-        lines = "".join(documents(text)).split("\n")
-        rows = [line + "\n" if line.strip() else "" for line in lines[:-1]]
-        return rows + ([lines[-1]] if lines[-1].strip() else [])
-    return documents(text)
-
-
 def _encode(texts: Iterable[str], tokenizer: Any, protocol: Protocol) -> tuple[np.ndarray, int, int]:
     """The token ids of the joined text (1-D), its words and its UTF-8 bytes."""
+    texts = list(texts)
     if protocol.join is not None:
         texts = [protocol.join.join(texts)]
     elif tokenizer.eos_token_id is None:
         raise DataError("The tokenizer has no end-of-text token to join documents with; set tokenizer.eos_token.")
-    words = text_bytes = 0
-
-    def counted() -> Iterator[str]:
-        nonlocal words, text_bytes
-        for text in texts:
-            words += len(text.split())
-            text_bytes += len(text.encode())
-            yield text
-
+    words, text_bytes = sum(len(text.split()) for text in texts), sum(len(text.encode()) for text in texts)
     end = tokenizer.eos_token_id if protocol.join is None else None
-    pieces = list(token_stream(counted(), tokenizer, end=end))
+    pieces = list(token_stream(texts, tokenizer, end=end))
     joined = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.uint16)
     return joined if end is None else joined[:-1], words, text_bytes
+
+
+def _unscored(ids: np.ndarray, positions: list[int], tokenizer: Any, end: int | None) -> tuple[int, int]:
+    """Words that begin and UTF-8 bytes that stand in the tokens at `positions`, ascending; joins (`end`) have none."""
+    content = _token_bytes(tokenizer)
+    words = text_bytes = 0
+    for position in positions:
+        token = int(ids[position])
+        if token == end:
+            continue
+        before: list[int] = []
+        for earlier in ids[max(0, position - _TOKENS_BEFORE) : position].tolist():
+            before = [] if earlier == end else [*before, earlier]
+        own = content(before, token)
+        text = b"".join(content(before[:i], earlier) for i, earlier in enumerate(before))
+        # A word belongs to the token in which it begins, so that over all tokens each is counted once.
+        words += len(_read(text + own).split()) - len(_read(text).split())
+        text_bytes += len(own)
+    return words, text_bytes
+
+
+def _read(content: bytes) -> str:
+    return content.decode("utf-8", "replace")
+
+
+def _token_bytes(tokenizer: Any) -> Callable[[list[int], int], bytes]:
+    """A function from the tokens before and a token to the bytes of text that the token stands for."""
+    from transformers.convert_slow_tokenizer import (
+        bytes_to_unicode,
+    )  # here: its import may load DeepSpeed, which prints
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    described = json.loads(backend.decoder.__getstate__()) if backend is not None and backend.decoder else {}
+    kinds = {part["type"] for part in described.get("decoders", [described]) if part}
+    added = tokenizer.added_tokens_decoder
+    of_character = {character: byte for byte, character in bytes_to_unicode().items()}
+
+    def content(before: list[int], token: int) -> bytes:
+        if token in added:
+            return added[token].content.encode()
+        name = tokenizer.convert_ids_to_tokens(token)
+        if "ByteLevel" in kinds and all(character in of_character for character in name):
+            return bytes(of_character[character] for character in name)
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):
+            return bytes.fromhex(byte[1])
+        # Decoded behind another, since a space at the start of a text may be dropped.
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        start = tokenizer.decode(before[-1:], **options)
+        return tokenizer.decode([*before[-1:], token], **options)[len(start) :].encode()
+
+    return content
 
 
 def _windows(length: int, protocol: Protocol) -> Iterator[tuple[int, int, int]]:

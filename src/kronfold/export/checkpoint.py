@@ -9,10 +9,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kronfold.base.errors import CheckpointError
+from kronfold.base.errors import CheckpointError, InputError
 from kronfold.base.files import explain_write_errors
 from kronfold.models.finite import check_finite
+from kronfold.models.load import faults_of
 from kronfold.models.safetensors_header import read_headers
+from kronfold.models.stored_names import guards, is_guard, names_in_model
+from kronfold.models.surgery import read_specs
+
+_WOULD_NOT_LOAD = (
+    "The checkpoint that was written to {} would not load, so it does not become the result; what was there before is "
+    "unchanged. This is a fault of kronfold with this kind of model, or of the disk; please report it with these lines:"
+)
 
 
 def check_tensors(model: PreTrainedModel, specs: Mapping[str, Any], files: Iterable[str | Path]) -> None:
@@ -20,22 +28,25 @@ def check_tensors(model: PreTrainedModel, specs: Mapping[str, Any], files: Itera
 
     transformers fills missing weights with random numbers and a warning; for factors that would be a silent ruin.
     """
-    found = read_headers(files)
+    shapes = read_headers(files)
+    names, _ = names_in_model(model, shapes)  # what is converted belongs to no structure
     prefix = type(model).base_model_prefix + "."
+    found = {name.removeprefix(prefix): (key, shapes[key]) for key, name in names.items()}
+    guarded = [key for key, name in names.items() if is_guard(model, name, shapes[key], specs)]
     faults = []
     for name in specs:
-        module = model.get_submodule(name)
-        expected = {f"{name}.{key}": tuple(value.shape) for key, value in module.state_dict().items()}
-        given = {key for key in found if key.startswith((name + ".", prefix + name + "."))}
+        module, own = model.get_submodule(name), name.removeprefix(prefix)
+        expected = {f"{own}.{key}": tuple(value.shape) for key, value in module.state_dict().items()}
+        full = name[: len(name) - len(own)]
         for key, shape in expected.items():
-            actual = found.get(key, found.get(prefix + key))
-            if actual is None:
-                faults.append(f"{key}: missing, expected shape {shape}")
-            elif actual != shape:
-                faults.append(f"{key}: shape {actual}, expected {shape}")
-        known = {key.removeprefix(prefix) for key in expected}
+            if key not in found:
+                faults.append(f"{full}{key}: missing, expected shape {shape}")
+            elif found[key][1] != shape:
+                faults.append(f"{full}{key}: shape {found[key][1]}, expected {shape}")
         faults += [
-            f"{key}: not part of this structure" for key in sorted(given) if key.removeprefix(prefix) not in known
+            f"{stored}: not part of this structure"
+            for key, (stored, _) in sorted(found.items())
+            if key.startswith(own + ".") and key not in expected and stored not in guarded
         ]
     if faults:
         more = f"\n  … and {len(faults) - 8} more" if len(faults) > 8 else ""
@@ -48,11 +59,34 @@ def check_tensors(model: PreTrainedModel, specs: Mapping[str, Any], files: Itera
         )
 
 
+def verify_written(place: str | Path) -> None:
+    """Run the loading route over a model directory that was just written, without reading a weight (meta device).
+
+    Called while the directory still has its temporary name, so that nothing that loads is replaced by what does not.
+
+    Raises:
+        CheckpointError: tensors missing, of another shape or unknown, a compressed weight without its guard, or a
+            file that is incomplete; the names of the tensors are told.
+    """
+    place = Path(place)
+    try:
+        model, faults = faults_of(place)
+        files = place.glob("*.safetensors")
+        unguarded = set(guards(model, read_specs(model))) - set(names_in_model(model, read_headers(files))[0].values())
+        faults += [f"no guard: {name}" for name in sorted(unguarded)]
+    except InputError as error:
+        raise CheckpointError(f"{_WOULD_NOT_LOAD.format(place)} {error}") from error
+    if faults:
+        more = f"\n  … and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise CheckpointError(f"{_WOULD_NOT_LOAD.format(place)}\n  " + "\n  ".join(faults[:8]) + more)
+
+
 def write_model(model: PreTrainedModel, tokenizer: Any, place: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Model and tokenizer (None for none) into the directory `place`, readable like any other file.
+    """Model and tokenizer (None for none) into the directory `place`, readable like any other file, then tried on the
+    loading route.
 
     The model is brought to `dtype` first, if one is given. Raises OutputError; NotFiniteError, with the model as it
-    was, for weights that are not finite or would not be in that dtype.
+    was, for weights that are not finite or would not be in that dtype; CheckpointError as `verify_written`.
     """
     check_finite(model, dtype)
     if dtype is not None:
@@ -63,3 +97,4 @@ def write_model(model: PreTrainedModel, tokenizer: Any, place: str | Path, dtype
             tokenizer.save_pretrained(place)
         for file in Path(place).glob("*.safetensors"):
             file.chmod(0o644)  # safetensors creates them for the owner alone
+    verify_written(place)

@@ -22,7 +22,8 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     family = family_of(model)
     head_follows = family.head is not None and isinstance(model.get_submodule(family.head), TiedHead)
     dense = copy.deepcopy(model)
-    for attribute in ("hf_quantizer", "quantization_method", "_tied_weights_keys", "all_tied_weights_keys"):
+    ours = ("hf_quantizer", "quantization_method", "_tied_weights_keys", "all_tied_weights_keys")
+    for attribute in (*ours, "_keys_to_ignore_on_load_unexpected"):
         dense.__dict__.pop(attribute, None)
     if hasattr(dense.config, "quantization_config"):
         del dense.config.quantization_config

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "kronfold"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: a guard under the dense name of each compressed weight; 1 had none, and still loads
+LOAD_WITH = "pip install kronfold, then `import kronfold` before from_pretrained"
 
 
 class KronfoldConfig(QuantizationConfigMixin):
@@ -38,6 +39,7 @@ class KronfoldConfig(QuantizationConfigMixin):
         specs: module name -> spec of the structured module there.
         format_version: layout of this entry; newer ones than this version knows are refused.
         kronfold_version: the version that wrote the checkpoint, for the record.
+        load_with: for people who open config.json: how to load such a checkpoint.
 
     Raises:
         CheckpointError: a newer format, or specs that are no mapping.
@@ -48,6 +50,7 @@ class KronfoldConfig(QuantizationConfigMixin):
         specs: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         kronfold_version: str | None = None,
+        load_with: str = LOAD_WITH,
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
@@ -69,6 +72,7 @@ class KronfoldConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.format_version = format_version
         self.kronfold_version = kronfold_version or versions().get("kronfold")
+        self.load_with = load_with
         self.specs = specs
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,12 +86,16 @@ class KronfoldQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> PreTrainedModel:
         from kronfold.export.checkpoint import check_tensors
+        from kronfold.models.stored_names import ignored_pattern
         from kronfold.models.surgery import build_skeleton
 
         specs = _for_class(model, self.quantization_config.specs)
         build_skeleton(model, specs)
         if checkpoint_files:
             check_tensors(model, specs, checkpoint_files)
+        # The guards are no news to the user, those of a head that this class lacks neither.
+        known = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = known | {ignored_pattern(model, self.quantization_config.specs)}
         _mark_initialised(model, specs)
         return model
 
@@ -96,12 +104,17 @@ class KronfoldQuantizer(HfQuantizer):
         model.is_quantized = False
         return model
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Called by `save_pretrained`: what goes into the files. Specs and guards are those of the model as it is now,
+        which later stages may have changed."""
+        from kronfold.models.stored_names import guards, settle_conversions
         from kronfold.models.surgery import read_specs
 
-        # Called when saving: write down what the model is now, which later stages may have changed.
-        self.quantization_config.specs = read_specs(model)
-        return None, {"kronfold": str(versions().get("kronfold"))}
+        specs = read_specs(model)
+        self.quantization_config.specs, self.quantization_config.format_version = specs, FORMAT_VERSION
+        self.quantization_config.load_with = LOAD_WITH
+        settle_conversions(model, specs)
+        return {**model.state_dict(), **guards(model, specs)}, {"kronfold": str(versions().get("kronfold"))}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         import torch
@@ -127,7 +140,7 @@ class KronfoldQuantizer(HfQuantizer):
 
 
 def _for_class(model: PreTrainedModel, specs: dict[str, Any]) -> dict[str, Any]:
-    """Specs named as in the causal model, renamed for the class being loaded (its bare body has no prefix, no head)."""
+    """Specs renamed for the class being loaded: a bare body has no prefix and no head, and may have been saved so."""
     modules = dict(model.named_modules())
     prefix = type(model).base_model_prefix + "."
     has_body = any(name.startswith(prefix) for name in modules)
@@ -135,9 +148,16 @@ def _for_class(model: PreTrainedModel, specs: dict[str, Any]) -> dict[str, Any]:
     renamed = {}
     for name, spec in specs.items():
         own = name.removeprefix(prefix) if not has_body else name
-        if headless and own not in modules and not name.startswith(prefix):
+        if has_body and own not in modules and prefix + own in modules:
+            own = prefix + own  # saved by the bare body
+        elif headless and own not in modules and not name.startswith(prefix):
             continue  # the LM head, which this class lacks
         renamed[own] = spec
+    head = model.get_output_embeddings()
+    if head is not None and model.config.tie_word_embeddings:
+        names = {id(module): name for name, module in modules.items()}
+        if names[id(model.get_input_embeddings())] in renamed:  # a body has no head to say that it follows
+            renamed.setdefault(names[id(head)], {"structure": "tied_head"})
     return renamed
 
 

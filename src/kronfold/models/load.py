@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,9 +24,13 @@ from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from kronfold.base.errors import CheckpointError, InputError
+from kronfold.models.families import empty_model
 from kronfold.models.finite import listed, not_finite
 from kronfold.models.presets import PRESETS, preset_config
 from kronfold.models.safetensors_header import read_headers
+from kronfold.models.stored_names import is_old_buffer, report_faults
+from kronfold.models.surgery import build_skeleton
+from kronfold.models.weight_files import WeightFiles
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _NO_WEIGHTS = "{} names a size, not weights; it can be planned, not run. Give a model directory or hub id."
@@ -65,15 +70,12 @@ def load_model(source: str | Path, dtype: torch.dtype | str = torch.float32, dev
         InputError: a config:NAME, which has no weights; an unknown hub id without network.
     """
     text = str(source)
+    model, faults, ignored = _load(AutoModelForCausalLM, text, dtype)
+    report_faults(text, faults, ignored)
     if text.endswith(".gguf"):
-        loaded = _from_gguf(AutoModelForCausalLM, text, dtype=dtype)
-        loaded.hf_quantizer.remove_quantization_config(loaded)  # dequantised: ordinary numbers that train and save
-        _refuse_not_finite(text, loaded, dtype)
-        return loaded.eval().to(device)
-    model, faults = _load(AutoModelForCausalLM, text, dtype)
-    _refuse(text, faults)
+        model.hf_quantizer.remove_quantization_config(model)  # dequantised: ordinary numbers that train and save
     _refuse_not_finite(text, model, dtype)
-    return model.to(device)
+    return model.eval().to(device)
 
 
 def load_classifier(
@@ -108,16 +110,29 @@ def load_classifier(
         options["label2id"] = {name: index for index, name in enumerate(labels)}
     if pad is not None:
         options["pad_token_id"] = pad
-    model, faults = _load(AutoModelForSequenceClassification, text, dtype, **options)
+    model, faults, ignored = _load(AutoModelForSequenceClassification, text, dtype, **options)
     # The new head, and the language model's old one.
     head = [fault for fault in faults if fault.partition(": ")[2].startswith((_NEW_HEAD, "lm_head."))]
     if trained and any(fault.partition(": ")[2].startswith(_NEW_HEAD) for fault in head):
         raise CheckpointError(
             f"{text} is no classifier with {outputs} output(s). Fine-tune it on the task first (kronfold finetune)."
         )
-    _refuse(text, [fault for fault in faults if fault not in head])
+    report_faults(text, [fault for fault in faults if fault not in head], ignored)
     _refuse_not_finite(text, model, dtype)
     return model.to(device)
+
+
+def faults_of(place: Path) -> tuple[PreTrainedModel, list[str]]:
+    """Run the loading route over a model directory on the meta device, where no weight is read.
+
+    Returns the empty model of the class that config.json names, and every way in which the files do not match it.
+    Raises CheckpointError for files that are missing or damaged, and what loading itself refuses.
+    """
+    config = _check_config(place)
+    named = (config.get("architectures") or [""])[0]
+    factory = getattr(transformers, named, AutoModelForCausalLM)  # code of its own comes with the Auto class
+    model, faults, _ = _load(factory, str(place), "auto", device_map="meta")
+    return model, faults
 
 
 def local_checkpoint(source: str | Path) -> Path:
@@ -146,45 +161,52 @@ def local_checkpoint(source: str | Path) -> Path:
     return place
 
 
-def _load(factory: Any, text: str, dtype: torch.dtype | str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
-    """The model, and every way in which its weights do not match its config."""
+def _load(
+    factory: Any, text: str, dtype: torch.dtype | str, **options: Any
+) -> tuple[PreTrainedModel, list[str], list[str]]:
+    """The model, every way in which its weights do not match its config, and the old buffers that were ignored."""
     if text.startswith("config:"):
         raise InputError(_NO_WEIGHTS.format(text))
-    local = _local(text)
+    gguf = text.endswith(".gguf")
+    local = None if gguf else _local(text)
     if local is not None:
         _check_config(local)
         _check_weights(local)
+    options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     level = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # what the load report would warn about is told by the faults
     try:
-        model, info = _from_pretrained(
-            factory,
-            text,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **options,
-        )
+        if gguf:
+            model, info = _from_gguf(factory, text, **options)
+        else:
+            model, info = _from_pretrained(factory, text, use_safetensors=True, **options)
+    except RuntimeError as error:  # tensors that transformers joins or splits while loading do not go together
+        if local is not None and not options.get("device_map"):
+            WeightFiles(local, _skeleton(local))  # tells which
+        raise CheckpointError(
+            f"The weights in {text} cannot be put together as its config says: {str(error).splitlines()[0]} "
+            "Copy or download the checkpoint again."
+        ) from error
     finally:
         hf_logging.set_verbosity(level)
+    ignored = sorted(key for key in info["unexpected_keys"] if is_old_buffer(model, key))
     faults = [f"missing: {key}" for key in sorted(info["missing_keys"])]
     faults += [f"wrong shape: {key}" for key in sorted(_key(entry) for entry in info["mismatched_keys"])]
-    faults += [f"not in the config: {key}" for key in sorted(info["unexpected_keys"])]
-    return model, faults
+    faults += [f"not in the config: {key}" for key in sorted(info["unexpected_keys"] - set(ignored))]
+    return model, faults, ignored
+
+
+def _skeleton(place: Path) -> PreTrainedModel:
+    """The empty causal model of a directory, structured modules included."""
+    config = AutoConfig.from_pretrained(place)
+    model = empty_model(config)
+    build_skeleton(model, (config.to_dict().get("quantization_config") or {}).get("specs", {}))
+    return model
 
 
 def _key(entry: Any) -> str:
     """A mismatched entry: the name of the tensor, and its shapes where they are told."""
     return entry if isinstance(entry, str) else " ".join(str(part) for part in entry)
-
-
-def _refuse(text: str, faults: list[str]) -> None:
-    if faults:
-        shown = "\n  ".join(faults[:8]) + (f"\n  … and {len(faults) - 8} more" if len(faults) > 8 else "")
-        raise CheckpointError(
-            f"The weights in {text} do not match its config.json:\n  {shown}\nTake both files from the same checkpoint."
-        )
 
 
 def _refuse_not_finite(text: str, model: PreTrainedModel, dtype: torch.dtype | str) -> None:
@@ -241,16 +263,18 @@ def _from_pretrained(factory: Any, text: str, **options: Any) -> Any:
         ) from error
 
 
-def _check_config(path: Path) -> None:
+def _check_config(path: Path) -> dict[str, Any]:
+    """The content of config.json."""
     config = path / "config.json"
     if not config.is_file():
         raise CheckpointError(f"{path} holds no config.json, so it is no model directory.")
     try:
-        json.loads(config.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(
             f"{config} is not valid JSON ({error}). Restore it from the original checkpoint."
         ) from error
+    return content
 
 
 def _check_weights(path: Path) -> None:

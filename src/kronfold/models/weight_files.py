@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from kronfold.base.errors import CheckpointError
 from kronfold.models.safetensors_header import read_header
+from kronfold.models.stored_names import Converted, is_guard, is_old_buffer, names_in_model, report_faults
+from kronfold.models.surgery import read_specs
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -48,33 +50,46 @@ class WeightFiles:
         for file in self.files:
             for name, shape in read_header(file).items():
                 self._where[name], shapes[name] = file, shape
-        self._stored = self._match(place, model, shapes)
+        self._model = model
+        self._stored = self._match(place, shapes)
 
-    def _match(self, place: Path, model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-        """Name of a tensor in the model -> its name in the files, which may lack the prefix of the bare body."""
-        prefix = model.base_model_prefix + "."
+    def _match(self, place: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str | Converted]:
+        """Name of a tensor in the model -> its name in the files, or what it is made of."""
+        model, specs = self._model, read_specs(self._model)
         state = model.state_dict(keep_vars=True)
-        # Where both names are there the full one, which comes last, counts.
-        stored = {name: found for name in state for found in (name.removeprefix(prefix), name) if found in shapes}
-        by_tensor = {id(tensor): stored[name] for name, tensor in state.items() if name in stored}
-        faults = []
-        for name, tensor in state.items():
-            found = stored.get(name)
-            if found is None and id(tensor) not in by_tensor:
-                faults.append(f"missing: {name}")
-            elif found is None:
-                stored[name] = by_tensor[id(tensor)]  # tied: the files hold it once
-            elif shapes[found] != tuple(tensor.shape):
-                faults.append(f"wrong shape: {name} {shapes[found]}, expected {tuple(tensor.shape)}")
+        names, converted = names_in_model(model, shapes)
+        stored: dict[str, str | Converted] = {}
+        given: dict[str, tuple[int, ...]] = {}
+        faults, spare, old = [], [], []
         ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-        spare = set(shapes) - set(stored.values())
-        faults += [f"not in the config: {key}" for key in sorted(spare) if not any(i.search(key) for i in ignored)]
-        if faults:
-            shown = "\n  ".join(faults[:8]) + (f"\n  … and {len(faults) - 8} more" if len(faults) > 8 else "")
-            raise CheckpointError(
-                f"The weights in {place} do not match its config.json:\n  {shown}\n"
-                "Take both files from the same checkpoint."
-            )
+        # Where a tensor is there with and without the prefix of the body, the full name, which comes last, counts.
+        for key, name in sorted(names.items(), key=lambda item: item[0] == item[1]):
+            if name in state:
+                stored[name], given[name] = key, shapes[key]
+            elif is_guard(model, name, shapes[key], specs) or any(pattern.search(name) for pattern in ignored):
+                continue
+            elif is_old_buffer(model, name):
+                old.append(name)
+            else:
+                spare.append(name)
+        for made in converted:
+            try:
+                pieces = {key: torch.empty(shapes[key], device="meta") for key, _ in made.sources}
+                found = {name: tuple(tensor.shape) for name, tensor in made.convert(model, pieces).items()}
+            except Exception as error:  # tensors that do not go together, each kind with its own error
+                faults.append(f"cannot be put together: {made.first} from {len(made.sources)} tensors ({error})")
+                found = dict.fromkeys((made.first,), tuple(state[made.first].shape))
+            stored |= dict.fromkeys(found, made)
+            given |= found
+        by_tensor = {id(tensor): stored[name] for name, tensor in state.items() if name in stored}
+        for name, tensor in state.items():
+            if name not in stored and id(tensor) not in by_tensor:
+                faults.append(f"missing: {name}")
+            elif name not in stored:
+                stored[name] = by_tensor[id(tensor)]  # tied: the files hold it once
+            elif given[name] != tuple(tensor.shape):
+                faults.append(f"wrong shape: {name} {given[name]}, expected {tuple(tensor.shape)}")
+        report_faults(place, faults + [f"not in the config: {key}" for key in sorted(spare)], old)
         return stored
 
     def dtype(self) -> torch.dtype:
@@ -90,18 +105,32 @@ class WeightFiles:
 
     def stored_twice(self, names: Iterable[str]) -> bool:
         """Whether the files hold tensors of these names (of one tied tensor) more than once."""
-        return len({self._stored[name] for name in names}) > 1
+        return (
+            len({id(source) if isinstance(source := self._stored[name], Converted) else source for name in names}) > 1
+        )
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors by the model's names, copied into memory: floating-point ones as float32, others as stored."""
+        sources = {name: self._stored[name] for name in names}
+        plain = {name: source for name, source in sources.items() if isinstance(source, str)}
+        read = self._read(plain.values())
+        found = {name: read[source] for name, source in plain.items()}
+        for made in {id(source): source for source in sources.values() if isinstance(source, Converted)}.values():
+            pieces = self._read(key for key, _ in made.sources)
+            whole = made.convert(self._model, pieces)
+            found |= {name: whole[name] for name in sources.keys() & whole.keys()}
+        return found
+
+    def _read(self, stored: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by their names in the files."""
         wanted: dict[Path, list[str]] = {}
-        for name in names:
-            wanted.setdefault(self._where[self._stored[name]], []).append(name)
+        for name in stored:
+            wanted.setdefault(self._where[name], []).append(name)
         found = {}
         for path, here in wanted.items():
             with safe_open(path, framework="pt") as file:
                 for name in here:
-                    tensor = file.get_tensor(self._stored[name])
+                    tensor = file.get_tensor(name)
                     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
                     found[name] = tensor.to(dtype, copy=True)  # the original is a view of the mapped file
         return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kronfold.base.errors import InputError, suggest
 
@@ -42,6 +42,32 @@ class Options(BaseModel, metaclass=_NamesFaults):
 
 
 T = TypeVar("T", bound=Options)
+
+
+def option(
+    default: Any = ...,
+    help: str = "",
+    *,
+    group: str = "What",
+    names: tuple[str, ...] = (),
+    metavar: str | None = None,
+    argument: bool = False,
+    pairs: bool = False,
+    **limits: Any,
+) -> Any:
+    """A field of a job's options, with what the command line has to know beside its help.
+
+    Args:
+        default: `...` where it must be given; a function (`list`, a class) makes a fresh one.
+        group: the heading in `--help`: What, How, Training, Output.
+        names: how the option is written, where that is not `--` and the field's name.
+        metavar: what stands for the value in `--help`. argument: it stands without a name, in the order of the fields.
+        pairs: a mapping, written NAME=VALUE and repeated.
+        limits: as pydantic's Field takes them (`ge`, `gt`, `le`, ...).
+    """
+    cli: dict[str, Any] = {"group": group, "names": names, "metavar": metavar, "argument": argument, "pairs": pairs}
+    made = {"default_factory": default} if callable(default) else {"default": default}
+    return Field(description=help, json_schema_extra={"cli": cli}, **made, **limits)
 
 
 def read(model: type[T], given: Any, label: str) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kronfold.base.errors import RecipeError
-from kronfold.data.calibration import calibration_windows
+from kronfold.data.bad_rows import Reading
+from kronfold.data.calibration import draw_windows
 from kronfold.models.surgery import read_specs
 from kronfold.options import read
 from kronfold.pipelines.calibration import Calibration, calibrated
@@ -39,21 +41,25 @@ def calibrate_on(
     sources: Sequence[str | Path] | Tensor,
     settings: AutoRecipe,
     *,
+    reading: Reading = Reading(),  # noqa: B008 - frozen
     seed: int = 0,
     cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Draw windows from the texts (or take the given ones) and measure `model` on them.
+    """Draw windows from the texts (or take the given ones) and measure `model` on them. `reading`: how texts are read.
 
     Raises DataError: a text too short (what it holds is named); and as `calibrate`.
     """
     context = getattr(model.config, "max_position_embeddings", None) or settings.window
+    read: list[dict[str, Any]] = []
     if isinstance(sources, Tensor):
         windows = sources
     else:
         window = min(settings.window, context)
-        windows = calibration_windows(sources, tokenizer, count=settings.windows, window=window, seed=seed)
-    return calibrated(
+        windows, read = draw_windows(
+            sources, tokenizer, count=settings.windows, window=window, seed=seed, reading=reading
+        )
+    found = calibrated(
         model,
         windows,
         gradient_windows=settings.gradient_windows,
@@ -62,6 +68,7 @@ def calibrate_on(
         cache=cache,
         progress=progress,
     )
+    return replace(found, read=tuple(read))
 
 
 def plan_auto(

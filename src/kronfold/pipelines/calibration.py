@@ -26,12 +26,14 @@ class Calibration:
 
     Attributes:
         windows: (n, window) token ids. statistics: of the dense model on them (or on the first of them).
-        place: directory of the cache entry, None without a cache.
+        place: directory of the cache entry, None without a cache. read: what was read of each text, see
+            `kronfold.data.sources.Texts.record`; empty where the windows were given.
     """
 
     windows: Tensor
     statistics: Statistics
     place: Path | None = None
+    read: tuple[dict[str, Any], ...] = ()
 
     def curves(
         self, model: PreTrainedModel, structures: Sequence[str], progress: Progress | None = None
@@ -54,6 +56,7 @@ class Calibration:
             "statistics_tokens": self.statistics.tokens,
             "gradient_tokens": self.statistics.gradient_tokens,
             **self.statistics.about,
+            "read": list(self.read),
         }
 
 

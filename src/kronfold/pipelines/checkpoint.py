@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from kronfold.base import results
 from kronfold.base.files import atomic_directory, check_output, write_json
+from kronfold.data.bad_rows import Reading
 from kronfold.export.checkpoint import write_model
 from kronfold.export.dense import to_dense
 from kronfold.export.quantizer import attach
@@ -37,6 +38,7 @@ def compress_to(
     budget: Budget | None = None,
     *,
     changes: Mapping[str, Any] | None = None,
+    reading: Reading = Reading(),  # noqa: B008 - frozen
     cache: str | Path | None = None,
     seed: int = 0,
     dtype: str | None = None,
@@ -47,7 +49,7 @@ def compress_to(
 
     Args:
         calibration: texts to fit to; recipe `auto` needs one. budget: for `auto`.
-        changes: fields of the recipe's `auto` entry to change, such as `windows`.
+        changes: fields of the recipe's `auto` entry to change, such as `windows`. reading: how the texts are read.
         cache: directory that keeps statistics and curves by content, None for none.
 
     Returns the results document. Raises OutputError, RecipeError, CheckpointError, DataError, before anything is
@@ -67,7 +69,9 @@ def compress_to(
         planning.check_plan(made, teacher)
     student = keep_layers(teacher, made.layers if made else None)
     if calibration:
-        found = calibrate_on(student, tokenizer, calibration, settings, seed=seed, cache=cache, progress=progress)
+        found = calibrate_on(
+            student, tokenizer, calibration, settings, reading=reading, seed=seed, cache=cache, progress=progress
+        )
     if made is None:
         made = plan(student, recipe_used, found, budget=budget, errors=False, seed=seed, progress=progress)
         planning.check_plan(made, student)
@@ -106,6 +110,7 @@ def make_plan(
     *,
     source: str = "",
     changes: Mapping[str, Any] | None = None,
+    reading: Reading = Reading(),  # noqa: B008 - frozen
     errors: bool = True,
     seed: int = 0,
     cache: str | Path | None = None,
@@ -116,7 +121,9 @@ def make_plan(
     found = None
     if calibration and isinstance(subject, PreTrainedModel):
         tokenizer = load_tokenizer(source)
-        found = calibrate_on(subject, tokenizer, calibration, settings, seed=seed, cache=cache, progress=progress)
+        found = calibrate_on(
+            subject, tokenizer, calibration, settings, reading=reading, seed=seed, cache=cache, progress=progress
+        )
     used = _changed(recipe, settings)
     return plan(subject, used, found, budget=budget, errors=errors, seed=seed, progress=progress)
 

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from kronfold.base import results
 from kronfold.base.errors import InputError, suggest
 from kronfold.base.files import check_output, sha256_of_source, write_json
+from kronfold.data.bad_rows import Reading
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
-from kronfold.evaluate.lambada import lambada
+from kronfold.evaluate.lambada import lambada, passages
 from kronfold.evaluate.perplexity import PROTOCOLS, PerplexityResult, perplexity
 from kronfold.evaluate.speed import generation_speed
 from kronfold.evaluate.texts import open_text
@@ -57,7 +58,7 @@ class CompareOptions:
         heal_tokens: healing budget of every row. budget: size of every row, None for each recipe's own.
         objective: "own" heals by each recipe's objective, "same" all by the default one.
         calibration: texts for recipes that are planned; default: the training text.
-        protocol, block_size, seed, device, cache: as in `RunOptions`.
+        reading, protocol, block_size, seed, device, cache: as in `RunOptions`.
     """
 
     model: str
@@ -70,6 +71,7 @@ class CompareOptions:
     objective: Objective = "own"
     calibration: Sequence[str] = ()
     block_size: int | None = None
+    reading: Reading = Reading()  # noqa: RUF009 - frozen
     protocol: str = "sliding"
     seed: int = 0
     device: str = "cpu"
@@ -102,6 +104,7 @@ class _Comparison:
             calibration=options.calibration,
             budget=options.budget,
             cache=options.cache,
+            reading=options.reading,
             protocol=options.protocol,
             seed=options.seed,
             device=options.device,
@@ -116,7 +119,7 @@ class _Comparison:
         def progress(done: int, total: int) -> None:
             self.report(f"evaluate {who} on {text}", done, total)
 
-        source = open_text(self.options.eval_texts[text])
+        source = open_text(self.options.eval_texts[text], self.options.reading)
         return perplexity(model, self.tokenizer, source, self.options.protocol, progress=progress)
 
     def measure(self, model: PreTrainedModel, who: str) -> dict[str, Any]:
@@ -125,16 +128,18 @@ class _Comparison:
         found: dict[str, Any] = {
             "perplexities": {text: result.perplexity for text, result in texts.items()},
             "protocol": next(iter(texts.values())).protocol,
+            "read": {text: result.read for text, result in texts.items()},
         }
         if self.options.lambada:
-            passages = lambada(
-                model, self.tokenizer, self.options.lambada,
+            measured = lambada(
+                model, self.tokenizer, passages(self.options.lambada, self.options.reading),
                 progress=lambda done, total: self.report(f"evaluate {who} on LAMBADA", done, total),
             )  # fmt: skip
             found["lambada"] = {
-                "accuracy": passages.accuracy,
-                "perplexity": passages.perplexity,
-                "passages": passages.passages,
+                "accuracy": measured.accuracy,
+                "perplexity": measured.perplexity,
+                "passages": measured.passages,
+                "read": measured.read,
             }
         return found
 
@@ -168,10 +173,12 @@ def compare(
     check_rows(teacher, recipes, amount)
     context = getattr(teacher.config, "max_position_embeddings", 1024)
     size = min(options.block_size or 1024, context)
-    blocks = pack(documents(options.train_text), tokenizer, size, max_tokens=options.heal_tokens)
+    blocks = pack(
+        documents(options.train_text, **asdict(options.reading)), tokenizer, size, max_tokens=options.heal_tokens
+    )
     check_teacher_outputs(teacher, blocks[0]["input_ids"])
     for source in [*options.eval_texts.values(), *([options.lambada] if options.lambada else [])]:
-        next(iter(documents(source)))  # an unreadable text must not surface after hours
+        next(open_text(source, options.reading))  # an unreadable text must not surface after hours
     found = _calibrations(options, recipes, teacher, tokenizer, report)
     book = StepBook.open(output, _fingerprint(options, blocks), resume, discard=overwrite)
     state = _Comparison(options, output, book, teacher, tokenizer, blocks, found, report)
@@ -306,8 +313,9 @@ def _calibrations(
         asked = (auto.windows, auto.window, auto.gradient_windows, auto.sequential)
         if asked not in measured:
             measured[asked] = calibrate_on(
-                teacher, tokenizer, texts, auto, seed=options.seed, cache=options.cache, progress=report
-            )
+                teacher, tokenizer, texts, auto,
+                reading=options.reading, seed=options.seed, cache=options.cache, progress=report,
+            )  # fmt: skip
         found[recipe.name] = measured[asked]
     return found
 
@@ -326,6 +334,7 @@ def _fingerprint(options: CompareOptions, blocks: TokenBlocks) -> dict[str, Any]
         "objective": options.objective,
         "calibration": list(options.calibration),
         "protocol": options.protocol,
+        "reading": asdict(options.reading),
         "seed": options.seed,
     }
 
@@ -353,6 +362,7 @@ def _document(
                 "source": Path(options.train_text).name,
                 "tokens": state.blocks.tokens,
                 "sha256": state.blocks.sha256,
+                "read": state.blocks.read,
             },
             "eval": {name: Path(source).name for name, source in options.eval_texts.items()},
             "lambada": Path(options.lambada).name if options.lambada else None,

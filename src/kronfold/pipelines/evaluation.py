@@ -8,10 +8,11 @@ from typing import Any
 
 from kronfold.base import processes, results
 from kronfold.base.errors import DataError, InputError, suggest
+from kronfold.data.bad_rows import Reading
 from kronfold.evaluate.harness import harness
 from kronfold.evaluate.lambada import lambada, passages
 from kronfold.evaluate.perplexity import PROTOCOLS, perplexity
-from kronfold.evaluate.texts import open_text
+from kronfold.evaluate.texts import Rows, open_text
 from kronfold.models.cost import held_parameters
 from kronfold.models.load import load_model, load_tokenizer, read_dtype
 
@@ -24,6 +25,8 @@ def evaluate_text(
     text: str,
     protocol: str = "sliding",
     *,
+    rows: Rows = "auto",
+    reading: Reading = Reading(),  # noqa: B008 - frozen
     batch_size: int | None = None,
     tokenizer: str | None = None,
     device: str = "cpu",
@@ -31,10 +34,17 @@ def evaluate_text(
     name: str | None = None,
     report: Report = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Perplexity of the checkpoint `model` on one text source. Raises InputError, DataError, CheckpointError."""
+    """Perplexity of the checkpoint `model` on one text source.
+
+    Args:
+        rows: whether rows are lines of one text, see `kronfold.evaluate.perplexity`. reading: how the source is read.
+
+    Raises InputError, DataError, CheckpointError.
+    """
+    opened = open_text(text, reading)  # what is wrong with the place is said before the model is loaded
     subject, reader = _open(model, tokenizer, device, dtype)
     found = perplexity(
-        subject, reader, open_text(text), protocol, batch_size=batch_size,
+        subject, reader, opened, protocol, rows=rows, batch_size=batch_size,
         progress=lambda done, total: report("evaluate", done, total),
     )  # fmt: skip
     return results.document(
@@ -55,6 +65,8 @@ def evaluate_suite(
     lambada_source: str | None,
     *,
     protocol: str = "sliding",
+    rows: Rows = "auto",
+    reading: Reading = Reading(),  # noqa: B008 - frozen
     batch_size: int | None = None,
     tokenizer: str | None = None,
     device: str = "cpu",
@@ -66,6 +78,7 @@ def evaluate_suite(
 
     Args:
         texts: name to text source. lambada_source: passages, see `kronfold.evaluate.lambada`.
+        rows, reading: as in `evaluate_text`, for all texts.
         name: what the document calls the model, default `model` itself.
 
     Returns the result document. Raises InputError, DataError, CheckpointError; what is missing is said before the
@@ -79,8 +92,8 @@ def evaluate_suite(
     lacking += [] if lambada_source else ["LAMBADA's passages (--lambada lambada_test.jsonl)"]
     if lacking:
         raise DataError(f"Suite lm measures perplexity on texts, and LAMBADA. Give {' and '.join(lacking)} too.")
-    opened = {text: open_text(source) for text, source in texts.items()}
-    passages(str(lambada_source))  # says now what is wrong with the place
+    opened = {text: open_text(source, reading) for text, source in texts.items()}
+    asked = passages(str(lambada_source), reading)
     subject, reader = _open(model, tokenizer, device, dtype)
 
     def shown(what: str) -> Callable[[int, int], None]:
@@ -90,12 +103,12 @@ def evaluate_suite(
         text: {
             "source": Path(texts[text]).name,
             **perplexity(
-                subject, reader, source, protocol, batch_size=batch_size, progress=shown(text)
+                subject, reader, source, protocol, rows=rows, batch_size=batch_size, progress=shown(text)
             ).to_dict(),
         }
         for text, source in opened.items()
     }  # fmt: skip
-    words = lambada(subject, reader, str(lambada_source), batch_size=batch_size, progress=shown("lambada"))
+    words = lambada(subject, reader, asked, batch_size=batch_size, progress=shown("lambada"))
     return results.document(
         "eval-suite",
         None,

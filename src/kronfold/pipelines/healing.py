@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from kronfold.base import processes, results
 from kronfold.base.files import check_output, work_directory
+from kronfold.data.bad_rows import Reading
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
 from kronfold.distill.objective import Objective
@@ -34,6 +36,7 @@ def heal_to(
     *,
     eval_text: str | None = None,
     protocol: str = "sliding",
+    reading: Reading = Reading(),  # noqa: B008 - frozen
     seed: int = 0,
     device: str = "cpu",
     dtype: str | None = None,
@@ -45,7 +48,7 @@ def heal_to(
     """Heal the checkpoint `student` by distillation from `teacher` and save the result in `output`.
 
     Trainer checkpoints live in `<output>.partial` until the end; `resume` continues from them, with another number of
-    processes too.
+    processes too. `reading`: how both texts are read.
     `offline_teacher`: directory that `kronfold teach` made of `teacher` and `train_text`; `teacher` is then measured
     but takes no part in the training, and the blocks are those stored, read as often as the budget asks for.
     Returns the results document. Raises OutputError, CheckpointError, DataError, before training starts.
@@ -63,16 +66,20 @@ def heal_to(
     tokenizer, teacher_cost = load_tokenizer(student), cost(original).to_dict()
     if stored:
         stored.check_teacher(original)
-    blocks = processes.on_main(lambda: _blocks(train_text, tokenizer, model, config.tokens or 0, stored))
+    blocks = processes.on_main(lambda: _blocks(train_text, tokenizer, model, config.tokens or 0, stored, reading))
     check_teacher_outputs(original, blocks[0]["input_ids"])
+
+    measured: dict[str, Any] = {}  # of the evaluation text; each measurement reads the same
 
     def measure(subject: PreTrainedModel, what: str) -> float | None:
         if eval_text is None:
             return None
-        return perplexity(
-            subject, tokenizer, open_text(eval_text), protocol,
+        found = perplexity(
+            subject, tokenizer, open_text(eval_text, reading), protocol,
             progress=lambda done, total: report(f"evaluate {what}", done, total),
-        ).perplexity  # fmt: skip
+        )  # fmt: skip
+        measured.update({key: getattr(found, key) for key in ("tokens", "words", "bytes", "read")})
+        return found.perplexity
 
     teacher_perplexity, before = measure(original, "the teacher"), measure(model, "before healing")
     guide = stored or original
@@ -89,7 +96,15 @@ def heal_to(
         model=student,
         objective=config.objective.model_dump(),
         protocol=protocol if eval_text else None,
-        data={"heal": {"source": Path(train_text).name, "tokens": blocks.tokens, "sha256": blocks.sha256}},
+        data={
+            "heal": {
+                "source": Path(train_text).name,
+                "tokens": blocks.tokens,
+                "sha256": blocks.sha256,
+                "read": blocks.read,
+            },
+            "eval": {"source": Path(eval_text).name, **measured} if eval_text else None,
+        },
         teacher={**teacher_cost, "perplexity": teacher_perplexity},
         **({"offline_teacher": stored.manifest.to_dict()} if stored else {}),
         **cost(model).to_dict(),
@@ -105,16 +120,22 @@ def heal_to(
 
 
 def _blocks(
-    train_text: str, tokenizer: Any, student: PreTrainedModel, tokens: int, stored: StoredTeacher | None
+    train_text: str,
+    tokenizer: Any,
+    student: PreTrainedModel,
+    tokens: int,
+    stored: StoredTeacher | None,
+    reading: Reading,
 ) -> TokenBlocks:
     """What to heal on; with an offline teacher its own blocks, however many the budget asks for. Raises DataError,
     InputError when the text is not that of the offline teacher.
     """
     size = min(1024, getattr(student.config, "max_position_embeddings", 1024))
+    texts = documents(train_text, **asdict(reading))
     if stored is None:
-        return pack(documents(train_text), tokenizer, size, max_tokens=tokens)
+        return pack(texts, tokenizer, size, max_tokens=tokens)
     manifest = stored.manifest
-    blocks = pack(documents(train_text), tokenizer, manifest.block_size, max_tokens=manifest.tokens)
+    blocks = pack(texts, tokenizer, manifest.block_size, max_tokens=manifest.tokens)
     stored.beside(blocks)
     return blocks
 

@@ -8,6 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,7 +29,7 @@ from kronfold.base import results
 from kronfold.base.errors import DataError, DivergedError, OutputError, RecipeError
 from kronfold.base.files import atomic_directory, check_output, write_json
 from kronfold.data.packing import TokenBlocks, pack
-from kronfold.data.sources import documents
+from kronfold.data.sources import Texts, documents
 from kronfold.data.stdlib import split_of, stdlib_documents
 from kronfold.data.tokenizer import train_tokenizer
 from kronfold.evaluate.perplexity import perplexity
@@ -156,7 +157,7 @@ def pretrain(
             )
         shutil.rmtree(partial)
 
-    texts = _splits(config.data)
+    texts, read = _splits(config.data)
     tokenizer = train_tokenizer(texts["train"], config.tokenizer.vocab_size)
     tokenizer.model_max_length = config.model.n_positions
     blocks = _pack(texts, tokenizer, config)
@@ -175,6 +176,7 @@ def pretrain(
     run = {
         "config": config.model_dump(mode="json"),
         "data": data,
+        "read": read,
         "training": _summary(trainer, config, seconds, checkpoint),
         "held_parameters": sum(p.numel() for p in model.parameters()),
     }
@@ -184,18 +186,21 @@ def pretrain(
     return document
 
 
-def _splits(config: DataConfig) -> dict[str, list[str]]:
+def _splits(config: DataConfig) -> tuple[dict[str, list[str]], list[dict[str, Any]]]:
+    """The documents by split, and what was read of each source."""
     found: Iterable[str]
+    opened: list[Texts] = []
     if config.source == "stdlib":
         found = (text for _, text in stdlib_documents())
     else:
         sources = [config.source] if isinstance(config.source, str) else config.source
-        found = (text for source in sources for text in documents(source, text_column=config.text_column))
+        opened = [documents(source, text_column=config.text_column) for source in sources]
+        found = chain.from_iterable(opened)
     texts: dict[str, list[str]] = {"train": [], "validation": []}
     for text in found:
         if text.strip():
             texts[split_of(text, config.holdout)].append(text)
-    return texts
+    return texts, [source.record() for source in opened]
 
 
 def _pack(texts: dict[str, list[str]], tokenizer: Any, config: PretrainConfig) -> dict[str, TokenBlocks]:
@@ -332,7 +337,7 @@ def _write(
     model.config.use_cache = True  # the Trainer switched it off
     write_model(model, tokenizer, place, torch.float16)
     shipped = GPT2LMHeadModel.from_pretrained(place, dtype=torch.float32)
-    found = perplexity(shipped, tokenizer, validation, "sliding")
+    found = perplexity(shipped, tokenizer, validation, "sliding", rows="documents")
     document = results.document("pretrain", config.seed, perplexity=found.perplexity, **run, evaluation=found.to_dict())
     write_json(place / "results.json", document)
     (place / "README.md").write_text(model_card(document), encoding="utf-8")

@@ -22,9 +22,11 @@ from transformers import PreTrainedModel
 from kronfold.base import processes, results
 from kronfold.base.errors import DivergedError, InputError, suggest
 from kronfold.base.files import check_output, explain_write_errors, sha256_of_source, swap_directory, write_json
+from kronfold.base.progress import Progress
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
 from kronfold.evaluate.perplexity import PROTOCOLS
+from kronfold.evaluate.texts import open_text
 from kronfold.export.checkpoint import write_model
 from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
@@ -32,6 +34,7 @@ from kronfold.models.load import load_model, load_tokenizer
 from kronfold.models.surgery import read_specs
 from kronfold.options.healing import HealConfig
 from kronfold.pipelines.auto import calibrate_on, plan_auto, settings_of
+from kronfold.pipelines.beside import SCRATCH, second_recipe, second_samples, second_track
 from kronfold.pipelines.calibration import Calibration
 from kronfold.pipelines.gathers import absorb_gathers
 from kronfold.pipelines.objectives import check_objectives
@@ -76,7 +79,8 @@ def run(
     started = time.monotonic()
     recipe = load_recipe(options.recipe).with_heal_tokens(options.heal_tokens)
     check_objectives(recipe)
-    for stage in recipe.stages:
+    second = second_recipe(options, recipe)
+    for stage in [*recipe.stages, *(second.stages if second else [])]:
         if stage.heal:
             processes.split_batch(stage.heal.batch_size, options.micro_batch)
     teacher = load_model(options.model, device=options.device)
@@ -91,7 +95,7 @@ def run(
         return plan_auto(teacher, found, recipe, options.budget, progress=report)
 
     plan = given or processes.on_main(plan_for_budget)
-    next(iter(documents(options.eval_text)))  # an unreadable evaluation text must not surface after hours
+    next(open_text(options.eval_text, options.reading))  # an unreadable evaluation text must not surface after hours
     work = output.with_name(output.name + ".partial")
     fingerprint = processes.on_main(lambda: _fingerprint(options, recipe, blocks))
     book = StepBook.open(work, fingerprint, resume, discard=overwrite)
@@ -99,14 +103,15 @@ def run(
     processes.on_main(lambda: plan.save(work / "plan.json"), share=False)
     state = Run(options, recipe, work, book, teacher, tokenizer, blocks, report, plan, found)
     measured = _measure(state)
+    beside = second_track(state, second, _heal) if second else None
     student = load_model(work / "stages" / recipe.stages[-1].name, device=options.device)
-    document = _finish(state, student, measured)
+    document = _finish(state, student, measured, beside)
 
     def hand_over() -> None:
         finish(document, work)
         with explain_write_errors(output):
             swap_directory(work, output)
-        for leftover in ("stages", "plain", "steps.json"):
+        for leftover in ("stages", "plain", SCRATCH, "steps.json"):
             path = output / leftover
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -124,7 +129,10 @@ def _calibrate(
         return None
     settings = recipe.auto or settings_of(None)
     teacher = keep_layers(teacher, plan.layers if plan else None)
-    return calibrate_on(teacher, tokenizer, texts, settings, seed=options.seed, cache=options.cache, progress=report)
+    return calibrate_on(
+        teacher, tokenizer, texts, settings,
+        reading=options.reading, seed=options.seed, cache=options.cache, progress=report,
+    )  # fmt: skip
 
 
 def _check_options(options: RunOptions) -> None:
@@ -163,7 +171,7 @@ def _blocks(options: RunOptions, recipe: Recipe, teacher: PreTrainedModel, token
     context = getattr(teacher.config, "max_position_embeddings", 1024)
     size = min(options.block_size or 1024, context)
     budget = sum(stage.heal.tokens or 0 for stage in recipe.stages if stage.heal)
-    return pack(documents(options.train_text), tokenizer, size, max_tokens=budget or None)
+    return pack(documents(options.train_text, **asdict(options.reading)), tokenizer, size, max_tokens=budget or None)
 
 
 def _fingerprint(options: RunOptions, recipe: Recipe, blocks: TokenBlocks) -> dict[str, Any]:
@@ -203,7 +211,7 @@ def _dense_finetuned(state: Run) -> dict[str, Any]:
     """The control every distillation result needs: the uncompressed model, same data, same tokens, CE only."""
     model = load_model(state.options.model, device=state.options.device)
     losses: list[dict[str, float]] = []
-    tokens, seconds = 0, 0.0
+    tokens, seconds, recipe = 0, 0.0, None
     for stage in state.recipe.stages:
         if stage.heal is None:
             continue
@@ -215,6 +223,7 @@ def _dense_finetuned(state: Run) -> dict[str, Any]:
     return {
         "perplexity": found["perplexity"],
         "tokens": tokens,
+        "learning_rate": recipe.learning_rate if recipe else None,
         "seconds": seconds,
         "held_parameters": cost(model).held_parameters,
         "losses": losses,
@@ -272,6 +281,7 @@ def _stage(
         healed = _heal(state, student, stage.heal, f"heal {stage.name}", _trainer_of(place), read)
         entry.update(
             after_healing=_stage_perplexity(state, student, f"{stage.name}, healed"),
+            learning_rate=stage.heal.learning_rate,
             tokens=healed.tokens,
             seconds=healed.seconds_in_all,
             losses=healed.losses,
@@ -293,9 +303,11 @@ def _trainer_of(place: Path) -> Path:
 def _heal(
     state: Run, student: PreTrainedModel, recipe: HealConfig, what: str, trainer_dir: Path | None, read: int
 ) -> HealResult:
-    def progress(step: int, total: int, logs: dict[str, float] | None = None) -> None:
-        loss = f" (loss {logs['loss']:.3f})" if logs and "loss" in logs else ""
-        state.report(what + loss, step, total)
+    progress = Progress.of(state.report).step(what)
+    tokens = recipe.batch_size * len(state.blocks[0]["input_ids"])  # of one step
+
+    def told(step: int, total: int, logs: dict[str, float] | None = None) -> None:
+        progress.update(step, total, loss=(logs or {}).get("loss"), tokens=step * tokens)
 
     options = state.options
     own = {"seed": options.seed, "start_tokens": read, "micro_batch": options.micro_batch}
@@ -308,7 +320,7 @@ def _heal(
             device=student.device,
             output_dir=trainer_dir,
             resume=state.book.resumed and trainer_dir is not None,
-            progress=progress,
+            progress=told,
         )
     except DivergedError as error:
         raise DivergedError(
@@ -318,7 +330,9 @@ def _heal(
         ) from error
 
 
-def _finish(state: Run, student: PreTrainedModel, measured: dict[str, Any]) -> dict[str, Any]:
+def _finish(
+    state: Run, student: PreTrainedModel, measured: dict[str, Any], beside: dict[str, Any] | None
+) -> dict[str, Any]:
     """Save the student as it will be loaded, measure exactly that, and write results.json."""
     options = state.options
     dtype = options.dtype or load_model(options.model, dtype="auto").dtype
@@ -341,10 +355,11 @@ def _finish(state: Run, student: PreTrainedModel, measured: dict[str, Any]) -> d
                 "source": Path(options.train_text).name,
                 "tokens": state.blocks.tokens,
                 "sha256": state.blocks.sha256,
+                "read": state.blocks.read,
             },
             "eval": {
                 "source": Path(options.eval_text).name,
-                **{key: teacher["evaluation"][key] for key in ("tokens", "words", "bytes")},
+                **{key: teacher["evaluation"][key] for key in ("tokens", "words", "bytes", "read")},
             },
         },
         teacher={key: value for key, value in teacher.items() if key not in ("sample", "evaluation")},
@@ -355,7 +370,8 @@ def _finish(state: Run, student: PreTrainedModel, measured: dict[str, Any]) -> d
         stages=[_without_sample(stage) for stage in stages],
         controls={name: _without_sample(entry) for name, entry in controls.items()},
         budget=state.plan.budget,
-        samples=_samples(options, teacher, stages, controls),
+        **({"beside": _without_sample(beside)} if beside else {}),
+        samples=[*_samples(options, teacher, stages, controls), *second_samples(options, beside)],
         total_seconds=round(state.book.seconds(), 1),
     )
     processes.on_main(lambda: write_json(state.work / "results.json", document))

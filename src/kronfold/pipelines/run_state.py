@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from kronfold.data.bad_rows import Reading
 from kronfold.data.packing import TokenBlocks
 from kronfold.evaluate.perplexity import perplexity
 from kronfold.evaluate.samples import sample
@@ -40,8 +41,11 @@ class RunOptions:
             is then fitted to the weights alone. budget: for `auto`. cache: directory for statistics, None for none.
         block_size: training window in tokens, None for the model's context (at most 1024). micro_batch: the most blocks
             a process takes through the models at once, None for its share of the step.
+        reading: how all texts are read.
         protocol: of every perplexity. controls: "dense" fine-tunes the teacher on the same data, "plain" repeats the
-            recipe without permutations; equal tokens and seed. prompt: start of the text samples, None for no samples.
+            recipe without permutations; equal tokens and seed. beside: a recipe that is planned for the size which
+            `recipe` reaches, healed on the same tokens, measured alike; None for none.
+        prompt: start of the text samples, None for no samples.
         dtype: of the saved weights, None for the teacher's own.
     """
 
@@ -55,8 +59,10 @@ class RunOptions:
     cache: str | None = None
     block_size: int | None = None
     micro_batch: int | None = None
+    reading: Reading = Reading()  # noqa: RUF009 - frozen
     protocol: str = "sliding"
     controls: Sequence[Control] = ("dense", "plain")
+    beside: str | None = None
     prompt: str | None = None
     sample_tokens: int = 48
     seed: int = 0
@@ -115,7 +121,7 @@ class Run:
             student = to_dense(student)
             found = calibrate_on(
                 student, self.tokenizer, options.calibration or [options.train_text], auto,
-                seed=options.seed, cache=options.cache, progress=self.report,
+                reading=options.reading, seed=options.seed, cache=options.cache, progress=self.report,
             )  # fmt: skip
         target = options.budget or Budget("params", ratio=auto.target_ratio)
         budget = target.on_the_way(cost(self.teacher), stage.reach)
@@ -126,7 +132,7 @@ class Run:
         def progress(done: int, total: int) -> None:
             self.report(f"evaluate {what}", done, total)
 
-        text = open_text(self.options.eval_text)
+        text = open_text(self.options.eval_text, self.options.reading)
         found = perplexity(model, self.tokenizer, text, self.options.protocol, progress=progress)
         return found.to_dict()
 

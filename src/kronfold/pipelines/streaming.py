@@ -21,12 +21,14 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from kronfold.base import results
 from kronfold.base.errors import CheckpointError, InputError, RecipeError
 from kronfold.base.files import check_output, explain_write_errors, sha256_of, swap_directory, write_json
+from kronfold.export.checkpoint import verify_written
 from kronfold.export.quantizer import attach
 from kronfold.models.cost import Cost, cost
 from kronfold.models.finite import check_finite
 from kronfold.models.load import load_config, load_tokenizer, local_checkpoint, read_dtype
 from kronfold.models.parts import Parts, put_tensors
 from kronfold.models.safetensors_header import read_header
+from kronfold.models.stored_names import to_stored
 from kronfold.models.surgery import read_specs
 from kronfold.models.weight_files import WeightFiles
 from kronfold.pipelines.compress import plan as make_plan
@@ -85,6 +87,7 @@ def compress_streaming(
     _finish(job, place, tokenizer, book, work)
     with explain_write_errors(output):
         write_json(work / "results.json", document)
+        verify_written(work)
         swap_directory(work, output)
     (output / _STEPS).unlink(missing_ok=True)
     return document
@@ -159,11 +162,11 @@ class Streaming:
         rows = {stage.name: self._fit(part, stage.rows) for stage in self.plan.stages}
         block = self.parts.block_of(part)
         absorbed = absorb_gathers(self.student, [block])["absorbed"] if block is not None else 0
-        shard = self.parts.tensors(self.student, part)
+        specs = {name: spec for name, spec in read_specs(self.student).items() if self.parts.part_of(name) == part}
+        shard = to_stored(self.student, self.parts.tensors(self.student, part), specs)
         sizes = write_shard(work / self._file(part), shard, self.dtype)
         del shard
         self.parts.empty(self.student, part)
-        specs = {name: spec for name, spec in read_specs(self.student).items() if self.parts.part_of(name) == part}
         return {
             "file": self._file(part),
             "bytes": sizes,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kronfold.base import results
 from kronfold.base.files import check_output
+from kronfold.data.bad_rows import Reading
 from kronfold.data.packing import pack
 from kronfold.data.sources import documents
 from kronfold.models.load import load_model, load_tokenizer
@@ -25,6 +27,7 @@ def teach_to(
     temperature: float = 1.0,
     block_size: int | None = None,
     batch_size: int = 8,
+    reading: Reading = Reading(),  # noqa: B008 - frozen
     device: str = "cpu",
     resume: bool = False,
     overwrite: bool = False,
@@ -35,14 +38,14 @@ def teach_to(
     Args:
         tokens: how many of the text, in whole blocks; a healing may read them as often as it likes.
         block_size: default: the model's context, at most 1024, as `heal_to` takes it.
-        batch_size: blocks that go through the model at once.
+        batch_size: blocks that go through the model at once. reading: how the text is read.
 
     Returns the results document. Raises as `store_teacher`, before the model is run.
     """
     check_output(output, overwrite)
     teacher, tokenizer = load_model(model, device=device), load_tokenizer(model)
     size = block_size or min(1024, getattr(teacher.config, "max_position_embeddings", 1024))
-    blocks = pack(documents(train_text), tokenizer, size, max_tokens=tokens)
+    blocks = pack(documents(train_text, **asdict(reading)), tokenizer, size, max_tokens=tokens)
     stored = store_teacher(
         teacher, blocks, output,
         top_k=k, temperature=temperature, batch_size=batch_size, bf16=bf16_is_fast(device),
@@ -54,6 +57,7 @@ def teach_to(
         "teach",
         None,
         **manifest.to_dict(),
+        read=blocks.read,
         tokens=manifest.tokens,
         bytes_per_token=manifest.bytes_per_token,
         bytes=manifest.tokens * manifest.bytes_per_token,

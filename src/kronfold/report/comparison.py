@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.text import Text
 
+from kronfold.base import results
 from kronfold.report import numbers
-from kronfold.report.document import Document, check_document
-from kronfold.report.simple_table import simple_table
+from kronfold.report.document import Document
+from kronfold.report.tables import simple_table
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Compared:
 
 def compared(document: Document) -> list[Compared]:
     """Teacher, fine-tuned teacher, then the recipes, best first. Raises InputError for any other document."""
-    check_document(document, "compare")
+    results.check(document, "compare")
     main = main_text(document)
     teacher, dense = document["teacher"], document["controls"]["dense_finetuned"]
     base = teacher["perplexities"][main]
@@ -69,7 +69,7 @@ def main_text(document: Document) -> str:
 def columns(document: Document) -> list[str]:
     """Titles of the full table."""
     main, *others = document["teacher"]["perplexities"]
-    lambada = ["LAMBADA accuracy", "LAMBADA perplexity"] if "lambada" in document["teacher"] else []
+    lambada = ["LAMBADA accuracy", "LAMBADA perplexity"] if document["teacher"].get("lambada") else []
     return [
         "Model", "Held parameters", "Of teacher", "fp16", "MACs per token", f"{main} before", f"{main} healed",
         "Excess", *(f"{text} healed" for text in others), *lambada, "Decompose", "Heal", "Generation",
@@ -81,7 +81,9 @@ def cells(document: Document, row: Compared) -> list[str]:
     teacher, entry = document["teacher"], row.entry
     others = list(teacher["perplexities"])[1:]
     passages = entry.get("lambada")
-    lambada = [f"{passages['accuracy']:.2%}", numbers.perplexity(passages["perplexity"])] if passages else []
+    asked = bool(teacher.get("lambada"))
+    lambada = [f"{passages['accuracy']:.2%}", numbers.perplexity(passages["perplexity"])] if asked and passages else []
+    times = entry.get("decompose_seconds"), entry.get("heal_seconds")
     speed = "" if row.is_control else f"{row.speed:.2f} x"
     return [
         row.who,
@@ -94,8 +96,7 @@ def cells(document: Document, row: Compared) -> list[str]:
         "" if row.excess is None else numbers.signed_percent(row.excess),
         *(numbers.perplexity(entry["perplexities"][text]) for text in others),
         *lambada,
-        _duration(entry.get("decompose_seconds")),
-        _duration(entry.get("heal_seconds")),
+        *("" if seconds is None else numbers.duration(seconds) for seconds in times),
         speed,
     ]
 
@@ -111,7 +112,7 @@ def notes(document: Document) -> list[str]:
     own = "each its own" if document["objective"] == "own" else "the same for all"
     lines = [
         f"{size}Healing: {numbers.count(tokens)} tokens each, seed "
-        f"{document['seed']}, objective {own}. Perplexity: {numbers.protocol(document['protocol'])}. "
+        f"{document.get('seed')}, objective {own}. Perplexity: {numbers.protocol(document['protocol'])}. "
         "Generation: tokens per second over the teacher's, greedy, batch 1, measured beside it."
     ]
     for row in rows:
@@ -135,15 +136,16 @@ def comparison_table(document: Document) -> RenderableType:
     """What fits a terminal: size, perplexity before and after, LAMBADA, speed; the files hold the rest."""
     main, *others = document["teacher"]["perplexities"]
     protocol = numbers.protocol_short(document["protocol"])
+    lambada = ["LAMBADA"] if document["teacher"].get("lambada") else []
     table = simple_table(
         f"{escape(str(document['model']))} · perplexity on {escape(main)}, {escape(protocol)}",
-        ["Model", "Held", "Before", "Healed", "Excess", *map(escape, others), *_lambada_title(document), "Speed"],
+        ["Model", "Held", "Before", "Healed", "Excess", *map(escape, others), *lambada, "Speed"],
         1,
     )
     table.collapse_padding, table.show_edge = True, False  # eight columns: names stay whole at 80 characters
     for row in compared(document):
         texts = [numbers.perplexity(row.entry["perplexities"][text]) for text in others]
-        passages = [f"{row.entry['lambada']['accuracy']:.1%}"] if _lambada_title(document) else []
+        passages = [f"{row.entry['lambada']['accuracy']:.1%}"] if lambada else []
         table.add_row(
             escape(row.who),
             numbers.count(row.entry["held_parameters"]) + _mark(row),
@@ -158,14 +160,25 @@ def comparison_table(document: Document) -> RenderableType:
     return Group(table, Text(), *(Text(note) for note in notes(document)))
 
 
-def _lambada_title(document: Document) -> list[str]:
-    return ["LAMBADA"] if "lambada" in document["teacher"] else []
-
-
 def _mark(row: Compared) -> str:
     """Points at the note that says why a size is not the one asked for."""
     return "" if row.size is None or row.size["reached"] else " ¹"
 
 
-def _duration(seconds: Any) -> str:
-    return "" if seconds is None else numbers.duration(seconds)
+def facts(document: Document) -> list[tuple[str, str]]:
+    """How it was measured, as (name, text) pairs; what the document does not say is left out."""
+    data = document["data"]
+    found = [
+        ("Command", document.get("command")),
+        ("Healing text", f"{data['heal'].get('source')}, {numbers.count(data['heal'].get('tokens'))} tokens"),
+        ("Healing text, SHA-256", data["heal"].get("sha256")),
+        ("Evaluation texts", ", ".join(f"{name} ({source})" for name, source in data["eval"].items())),
+        ("Perplexity protocol", numbers.protocol(document["protocol"])),
+        ("LAMBADA", data.get("lambada")),
+        ("Seed", None if document.get("seed") is None else str(document["seed"])),
+        ("Total time", numbers.duration(document["total_seconds"])),
+        ("Versions", numbers.pairs(document.get("versions", {}))),
+        ("Machine", numbers.pairs(document.get("machine", {}))),
+        ("Written", document.get("created")),
+    ]
+    return [(name, text) for name, text in found if text]

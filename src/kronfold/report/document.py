@@ -1,125 +1,92 @@
-"""Reading a result document: the schema is checked here once; tables and page ask it the same questions."""
+"""The questions that tables and page ask of a run document, which `base.results.check` has looked at before."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from kronfold.base.errors import InputError
-from kronfold.base.results import SCHEMA_VERSION
 from kronfold.report.numbers import known
 
 Document = Mapping[str, Any]
 
-_REQUIRED = {
-    "run": ("model", "recipe", "protocol", "teacher", "held_parameters", "stages"),
-    "plan": ("held_parameters", "teacher_parameters", "rows"),
-    "plan-diff": ("a", "b", "rows"),
-    "compare": ("model", "teacher", "controls", "rows", "protocol", "data"),
-}
-_WRITTEN_BY = {
-    "run": "the results.json that `kronfold run` or `kronfold demo` wrote",
-    "plan": "the document that `kronfold plan --json` prints",
-    "plan-diff": "the document that `kronfold plan --diff A B --json` prints",
-    "compare": "the results.json that `kronfold compare` wrote",
-}
-
-
-def check_document(document: Any, kind: str) -> None:
-    """Make sure `document` is a result of this `kind` ("run" or "plan") in a version this kronfold reads.
-
-    Raises:
-        InputError: another schema, another version, or keys missing; says what was found and what is read.
-    """
-    reads = f"this version of kronfold reads 'kronfold/{kind}', schema_version {SCHEMA_VERSION}"
-    if not isinstance(document, Mapping):
-        raise InputError(f"A result document must be a JSON object, but this is a {type(document).__name__}; {reads}.")
-    schema, version = document.get("schema"), document.get("schema_version")
-    if schema != f"kronfold/{kind}":
-        raise InputError(f"The result document has schema {schema!r}; {reads}. Give {_WRITTEN_BY[kind]}.")
-    if version != SCHEMA_VERSION:
-        newer = isinstance(version, int) and version > SCHEMA_VERSION
-        step = "Upgrade kronfold to read it." if newer else f"Give {_WRITTEN_BY[kind]}."
-        raise InputError(f"The result document has schema_version {version!r}; {reads}. {step}")
-    missing = [key for key in _REQUIRED[kind] if key not in document]
-    if missing:
-        raise InputError(
-            f"The result document lacks {', '.join(missing)}; {reads}, which always has "
-            f"{', '.join(_REQUIRED[kind])}. Give {_WRITTEN_BY[kind]}."
-        )
-
-
-def read_document(path: str | Path) -> Document:
-    """A result file. Raises InputError when it is missing or no JSON object."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a result file: {error}. Give the results.json of a run.") from error
-    if not isinstance(found, Mapping):
-        raise InputError(f"{path} holds no JSON object. Give the results.json of a run or a comparison.")
-    return found
-
 
 @dataclass(frozen=True)
 class Measured:
-    """One row of the perplexity table: a model, its size, the tokens it was trained on, its perplexity."""
+    """One row of the perplexity table: a model, its size, what it was trained on and how fast, its perplexity."""
 
     who: str
     held_parameters: int | None
     tokens: int | None
     perplexity: float | None
     excess: float | None
+    learning_rate: float | None = None
     ours: bool = False
 
 
 def plain_stages(results: Document) -> Sequence[Document]:
     """Stages of the plain Kronecker control (no permutations), empty when it was not run."""
-    return results.get("controls", {}).get("plain_kronecker", {}).get("stages", [])
+    return control(results, "plain_kronecker").get("stages", [])
+
+
+def control(results: Document, name: str) -> Document:
+    """A control of the run, empty when it was not run."""
+    return (results.get("controls") or {}).get(name) or {}
+
+
+def own_name(results: Document) -> str | None:
+    """The recipe's name where another track stands beside it: then "compressed" alone would not say which."""
+    return results["recipe"]["name"] if results.get("beside") else None
 
 
 def measured(results: Document) -> list[Measured]:
-    """The teacher, every control that was run, and the compressed model before and after healing."""
-    controls = results.get("controls", {})
-    teacher, dense, unhealed = results["teacher"], controls.get("dense_finetuned"), controls.get("compressed_unhealed")
-    rows = [_row(results, "Dense teacher", teacher.get("held_parameters"), None, teacher.get("perplexity"))]
+    """The teacher, every control that was run, the compressed model before and after healing, the track beside it."""
+
+    def row(who: str, model: Document, value: Any, tokens: Any = None, rate: Any = None, ours: bool = False) -> Any:
+        return Measured(
+            who, model.get("held_parameters"), tokens, value, excess_perplexity(results, value),
+            rate if tokens else None, ours,
+        )  # fmt: skip
+
+    def staged(who: str, stages: Sequence[Document], key: str, ours: bool) -> list[Measured]:
+        """One row for the last stage where `key` was measured, none where no stage got that far."""
+        index = last_index(stages, key)
+        if index is None:
+            return []
+        healed = key == "after_healing"
+        tokens = sum(stage.get("tokens") or 0 for stage in stages[: index + healed])
+        # With several stages "before healing" holds the healing of the earlier ones: the label must say so.
+        if len(stages) > 1 and not (healed and results.get("complete", True)):
+            who += f" (stage {index + 1})"
+        stage = stages[index]
+        return [row(who, stage, stage[key], tokens, stage.get("learning_rate"), ours)]
+
+    teacher, stages, name = results["teacher"], results["stages"], own_name(results)
+    dense, unhealed = control(results, "dense_finetuned"), control(results, "compressed_unhealed")
+    rows = [row("Dense teacher", teacher, teacher.get("perplexity"))]
     if dense:
-        who = "Dense, fine-tuned on the same data"
-        rows.append(_row(results, who, dense.get("held_parameters"), dense.get("tokens"), dense.get("perplexity")))
-    stages = results["stages"]
+        tokens, rate = dense.get("tokens"), dense.get("learning_rate")
+        rows.append(row("Dense, fine-tuned on the same data", dense, dense.get("perplexity"), tokens, rate))
     if unhealed:  # all stages at once, nothing trained
-        who = "Compressed, never healed"
-        rows.append(_row(results, who, unhealed.get("held_parameters"), None, unhealed.get("perplexity"), ours=True))
+        who = f"{name}, never healed" if name else "Compressed, never healed"
+        rows.append(row(who, unhealed, unhealed.get("perplexity"), ours=True))
     else:
-        rows += _staged(results, "Compressed, before healing", stages, "before_healing", ours=True)
-    rows += _staged(results, "Compressed and healed", stages, "after_healing", ours=True)
-    return rows + _staged(results, "Plain Kronecker, healed", plain_stages(results), "after_healing", ours=False)
+        rows += staged(f"{name or 'Compressed'}, before healing", stages, "before_healing", ours=True)
+    rows += staged(f"{name}, healed" if name else "Compressed and healed", stages, "after_healing", ours=True)
+    plain = f"{name} without permutations, healed" if name else "Plain Kronecker, healed"
+    rows += staged(plain, plain_stages(results), "after_healing", ours=False)
+    if beside := results.get("beside"):
+        other = beside["recipe"]["name"]
+        rows += staged(f"{other}, never healed", beside["stages"], "before_healing", ours=True)
+        rows += staged(f"{other}, healed", beside["stages"], "after_healing", ours=True)
+    return rows
 
 
 def excess_perplexity(results: Document, value: Any) -> float | None:
     """`value / teacher - 1` (unitless), None where one of the two is not known."""
     base = results["teacher"].get("perplexity")
     return value / base - 1 if known(value) and known(base) and base > 0 else None
-
-
-def _row(results: Document, who: str, held: Any, tokens: Any, value: Any, ours: bool = False) -> Measured:
-    return Measured(who, held, tokens, value, excess_perplexity(results, value), ours)
-
-
-def _staged(results: Document, who: str, stages: Sequence[Document], key: str, ours: bool) -> list[Measured]:
-    """One row for the last stage where `key` was measured, none where no stage got that far."""
-    index = last_index(stages, key)
-    if index is None:
-        return []
-    healed = key == "after_healing"
-    tokens = sum(stage.get("tokens") or 0 for stage in stages[: index + healed])
-    # With several stages "before healing" holds the healing of the earlier ones: the label must say so.
-    if len(stages) > 1 and not (healed and results.get("complete", True)):
-        who += f" (stage {index + 1})"
-    return [_row(results, who, stages[index].get("held_parameters"), tokens, stages[index][key], ours)]
 
 
 def last_index(stages: Sequence[Document], key: str) -> int | None:

@@ -50,6 +50,14 @@ def smaller(before: Any, after: Any) -> str:
     return f"{before / after:.2f} × smaller" if before > after else f"{after / before:.2f} × larger"
 
 
+def rate(value: Any) -> str:
+    """A learning rate as people write it: `5e-4`, `2.5e-5`."""
+    if not known(value) or value <= 0:
+        return NOT_MEASURED
+    power = math.floor(math.log10(value) + 1e-9)
+    return f"{value / 10**power:.3g}e{power}"
+
+
 def error(value: Any) -> str:
     """A relative error (Frobenius, unitless) to four decimals."""
     return f"{value:.4f}" if known(value) else NOT_MEASURED

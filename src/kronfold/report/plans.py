@@ -1,30 +1,83 @@
-"""Terminal tables for plans that met a budget, and for the difference of two plans."""
+"""Plans for the terminal: what would become of every matrix, what a budget was spent on, how two plans differ."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kronfold.base import results
 from kronfold.report import numbers
-from kronfold.report.document import Document, check_document
-from kronfold.report.simple_table import simple_table
+from kronfold.report.document import Document, short_names
+from kronfold.report.tables import gathers_line, joined, simple_table
 
 SHOWN_REASONS = 5
 UNITS = {"params": "held parameters", "macs": "multiply-accumulates per token", "bytes": "bytes at fp16"}
 
 
-def budget_tables(plan: Document) -> RenderableType:
+def plan_table(plan: Document) -> RenderableType:
+    """A plan document for `rich.print`: one line per replaced matrix, equal ones of many blocks on one line.
+
+    Raises:
+        InputError: the document is not a plan of a version this kronfold reads.
+    """
+    results.check(plan, "plan")
+    totals: list[RenderableType] = [_totals(plan)]
+    if plan.get("budget"):
+        return Group(_spent(plan), *totals)
+    rows: list[Document] = list(plan["rows"])
+    short = short_names(row["name"] for row in rows)
+    groups: dict[tuple[Any, ...], list[Document]] = {}
+    for row in rows:
+        key = ("stage", "structure", "held_parameters", "teacher_parameters")
+        pattern = re.sub(r"\d+", "#", row["name"], count=1)
+        groups.setdefault((*(row.get(k) for k in key), str(row.get("spec")), pattern), []).append(row)
+    kept: list[RenderableType] = []
+    if plan.get("gathers"):
+        totals.append(Text(gathers_line(plan["gathers"])))
+    if plan.get("layers"):
+        kept.append(Text(f"Blocks kept: {numbers.kept_layers(plan['layers'])}"))
+    if not rows:
+        return Group(*kept, *totals)
+    kept += [Text("Names below count the blocks that are left.")] if kept else []
+    fitted = any(row.get("relative_error") is not None for row in rows)  # a bare config has no errors to show
+    table = simple_table(
+        "Plan", ["Matrix", "Rank x A⊗B", "Held", "Teacher", *(["Relative error"] if fitted else [])], 2
+    )
+    heading = None
+    for (stage, structure, *_), members in groups.items():
+        if heading != (heading := f"{stage} · {structure}"):
+            table.add_row(Text(heading, style="bold"))
+        first = members[0]
+        errors = [row["relative_error"] for row in members if numbers.known(row.get("relative_error"))]
+        span = [numbers.error(min(errors)), numbers.error(max(errors))] if errors else [numbers.NOT_MEASURED]
+        table.add_row(
+            Text(" " + joined([short[row["name"]] for row in members])),
+            Text(first.get("label") or numbers.spec(first["spec"])),
+            numbers.count(sum(row["held_parameters"] for row in members)),
+            numbers.count(sum(row["teacher_parameters"] for row in members)),
+            *(["–".join(dict.fromkeys(span))] if fitted else []),
+        )
+    return Group(*kept, table, *totals)
+
+
+def _spent(plan: Document) -> RenderableType:
     """What a budget was spent on: one line per kind of matrix, then the choices that cost most, then the totals."""
+
+    def kind_of(name: str) -> str:
+        """`model.layers.3.mlp.up_proj` and its like in other blocks: `mlp.up_proj`."""
+        return re.sub(r"^.*?\.\d+\.", "", name)
+
     kinds: dict[str, list[Document]] = {}
     for row in plan["rows"]:
-        kinds.setdefault(_kind(row["name"]), []).append(row)
-    dense: dict[str, int] = {}
-    for name in plan["budget"]["left_dense"]:
-        dense[_kind(name)] = dense.get(_kind(name), 0) + 1
+        kinds.setdefault(kind_of(row["name"]), []).append(row)
+    budget, dense = plan["budget"], dict[str, int]()
+    for name in budget.get("left_dense", []):
+        dense[kind_of(name)] = dense.get(kind_of(name), 0) + 1
     table = simple_table(
         "Plan, by kind of matrix", ["Matrix", "Structure", "Changed", "Dense", "Kept", "Loss (nats)"], 2
     )
@@ -36,53 +89,55 @@ def budget_tables(plan: Document) -> RenderableType:
             Text(_structures(rows)),
             numbers.count(len(rows)),
             numbers.count(dense.get(kind, 0)),
-            f"{held / teacher:.1%}" if rows else "",
+            f"{held / teacher:.1%}" if teacher else "",
             f"{sum(row['predicted_loss'] for row in rows):.4f}" if rows else "",
         )
-    return Group(table, _reasons(plan["rows"]), _budget_line(plan["budget"]))
-
-
-def _kind(name: str) -> str:
-    """`model.layers.3.mlp.up_proj` and its like in other blocks: `mlp.up_proj`."""
-    return re.sub(r"^.*?\.\d+\.", "", name)
+    reasons = simple_table("Where the loss is spent (all rows: --json)", ["Matrix", "Choice", "Why"], 3)
+    for row in sorted(plan["rows"], key=lambda row: -row["predicted_loss"])[:SHOWN_REASONS]:
+        reasons.add_row(Text(row["name"]), Text(str(row.get("label"))), Text(str(row.get("why", ""))))
+    said = (
+        f"Budget {budget['amount']:,.0f} {UNITS.get(budget['unit'], budget['unit'])}, met by {budget['met_by']:,.0f} "
+        f"(floor {budget['floor']:,.0f}). Predicted loss increase {budget['predicted_loss']:.4f} nats per token, "
+        f"within {budget['optimality_gap']:.1e} of the best choice for these predictions."
+    )
+    return Group(table, reasons, Text(said))
 
 
 def _structures(rows: Sequence[Document]) -> str:
-    found: dict[str, list[str]] = {}
+    """What the rows of one kind become: `low_rank, rank 20 to 88; kronecker`."""
+    found: dict[str, set[int]] = {}
     for row in rows:
         rank = row["spec"].get("rank")
-        found.setdefault(row["structure"], []).append("" if rank is None else str(rank))
+        found.setdefault(row["structure"], set()).update([rank] if isinstance(rank, int) and rank else [])
     said = []
     for structure, ranks in found.items():
-        counts = sorted({int(rank) for rank in ranks if rank})
-        if structure == "kronecker" or not counts:
-            said.append(structure if len(rows) > 1 else f"{structure}, {rows[0]['label']}")
+        if structure == "kronecker" or not ranks:
+            said.append(structure if len(rows) > 1 else f"{structure}, {rows[0].get('label')}")
         else:
-            span = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+            span = f"{min(ranks)} to {max(ranks)}" if len(ranks) > 1 else str(*ranks)
             said.append(f"{structure}, rank {span}")
     return "; ".join(said) or "dense"
 
 
-def _reasons(rows: Sequence[Document]) -> Table:
-    worst = sorted(rows, key=lambda row: -row["predicted_loss"])[:SHOWN_REASONS]
-    table = simple_table("Where the loss is spent (all rows: --json)", ["Matrix", "Choice", "Why"], 3)
-    for row in worst:
-        table.add_row(Text(row["name"]), Text(str(row["label"])), Text(str(row.get("why", ""))))
+def _totals(plan: Document) -> Table:
+    table = simple_table("", ["", "Teacher", "Planned", "Of teacher", ""], 1)
+    for title, key in (
+        ("Held parameters", "held_parameters"),
+        ("Multiply-accumulates per token", "macs_per_token"),
+        ("Bytes at fp16", "bytes_fp16"),
+        ("Bytes at fp32", "bytes_fp32"),
+    ):
+        before, after = plan.get(f"teacher_{key.removeprefix('held_')}"), plan.get(key)
+        ratio = (numbers.share(after, before), numbers.smaller(before, after)) if before else ("", "")
+        table.add_row(title, numbers.count(before) if before else "", numbers.count(after), *ratio)
+    if plan.get("index_bytes"):
+        table.add_row("Bytes of permutations beside it", "", numbers.count(plan["index_bytes"]), "", "")
     return table
 
 
-def _budget_line(budget: Document) -> Text:
-    said = (
-        f"Budget {budget['amount']:,.0f} {UNITS[budget['unit']]}, met by {budget['met_by']:,.0f} (floor "
-        f"{budget['floor']:,.0f}). Predicted loss increase {budget['predicted_loss']:.4f} nats per token, within "
-        f"{budget['optimality_gap']:.1e} of the best choice for these predictions."
-    )
-    return Text(said)
-
-
 def diff_table(document: Document) -> RenderableType:
-    """The difference of two plans: totals, then every weight they treat differently."""
-    check_document(document, "plan-diff")
+    """The difference of two plans: totals, then every weight they treat differently. Raises InputError."""
+    results.check(document, "plan-diff")
     totals = simple_table("Plans compared", ["", "A", "B"], 1)
     for title, key in (
         ("Recipe", "recipe"),
@@ -91,7 +146,12 @@ def diff_table(document: Document) -> RenderableType:
         ("Bytes at fp16", "bytes_fp16"),
         ("Predicted loss (nats)", "predicted_loss"),
     ):
-        totals.add_row(title, *(_shown(document[side][key]) for side in ("a", "b")))
+        cells = []
+        for side in ("a", "b"):
+            value = document[side].get(key)
+            whole = numbers.count(value) if isinstance(value, int) else str(value or "")
+            cells.append(f"{value:.4f}" if isinstance(value, float) else whole)
+        totals.add_row(title, *cells)
     for side in ("a", "b"):
         if layers := document[side].get("layers"):
             kept = numbers.kept_layers(layers)
@@ -107,12 +167,6 @@ def diff_table(document: Document) -> RenderableType:
         held = (numbers.count(row[f"{side}_held_parameters"]) for side in ("a", "b"))
         table.add_row(Text(row["name"]), Text(row["a_label"]), Text(row["b_label"]), *held)
     return Group(totals, table)
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, int):
-        return numbers.count(value)
-    return f"{value:.4f}" if isinstance(value, float) else str(value or "")
 
 
 _PARTS = {
