@@ -43,7 +43,7 @@ def budgets() -> None:
 
 
 def smollm() -> None:
-    """SmolLM2-135M-Instruct (dequantised from Q4_1) at 65 %: perplexity over dense of each way, on both texts."""
+    """SmolLM2-135M-Instruct at 65 %: perplexity over dense of each way to meet the budget, on both texts."""
     rows = read("smollm2-budget-65.json")["rows"]
     names = [name for name in rows if name != "dense"]
     figure, axes = plt.subplots(figsize=(6, 2.6))
@@ -57,9 +57,7 @@ def smollm() -> None:
     axes.set(xscale="log", xlabel="perplexity over that of the dense model (1 = no loss)")
     axes.invert_yaxis()
     axes.margins(x=0.2)
-    axes.set_title(
-        "SmolLM2-135M-Instruct (dequantised from Q4_1) at 65 % of its held parameters, nothing trained", fontsize=10
-    )
+    axes.set_title("SmolLM2-135M-Instruct (dequantised from Q4_1), 65 % held, untrained", fontsize=10)
     axes.legend(frameon=False)
     save(figure, "smollm2")
 
