@@ -26,10 +26,10 @@ from kronfold.assets import eval_text, heal_text, teacher_path
 from kronfold.base.errors import InputError
 from kronfold.base.files import sha256_of_source, write_text
 from kronfold.data.sources import documents
+from kronfold.fit.calibration import Calibration
+from kronfold.fit.fit import calibrate_on, settings_of
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer
-from kronfold.pipelines.auto import calibrate_on, settings_of
-from kronfold.pipelines.calibration import Calibration
 from kronfold.planner.recipe import Recipe
 
 ROWS = ("auto", "auto, sequential", "whitened SVD", "permuted Kronecker")

@@ -55,7 +55,9 @@ def _commands(_: str | None) -> str:
             if parameter.param_type_name == "argument":
                 spelling = f"`{words}`"
             default = parameter.default
-            shown = "" if default is None or callable(default) or default in ("", (), False) else f" Default: `{default}`."
+            shown = (
+                "" if default is None or callable(default) or default in ("", (), False) else f" Default: `{default}`."
+            )
             panel = getattr(parameter, "rich_help_panel", None) or "Options"
             text = _cell(getattr(parameter, "help", None) or "")
             panels.setdefault(panel, []).append(f"| {spelling} | {text}{shown} |")

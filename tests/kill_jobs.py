@@ -30,16 +30,16 @@ from kronfold.cli.main import main
 from kronfold.data.clean import clean
 from kronfold.data.sample import sample
 from kronfold.data.stdlib import extract_stdlib
+from kronfold.jobs.compare import CompareOptions, compare
+from kronfold.jobs.compress import compress_to, export_dense
+from kronfold.jobs.finetune import FineTuneOptions, finetune
+from kronfold.jobs.heal import heal_to
+from kronfold.jobs.import_tq import import_tq
+from kronfold.jobs.pretrain import PretrainConfig, pretrain
+from kronfold.jobs.run import RunOptions, run
+from kronfold.jobs.stream import compress_streaming
+from kronfold.jobs.teach import teach_to
 from kronfold.options.healing import HealConfig
-from kronfold.pipelines.checkpoint import compress_to, export_dense
-from kronfold.pipelines.compare import CompareOptions, compare
-from kronfold.pipelines.finetune import FineTuneOptions, finetune
-from kronfold.pipelines.healing import heal_to
-from kronfold.pipelines.importing import import_tq
-from kronfold.pipelines.pretrain import PretrainConfig, pretrain
-from kronfold.pipelines.progressive import RunOptions, run
-from kronfold.pipelines.streaming import compress_streaming
-from kronfold.pipelines.teaching import teach_to
 from kronfold.train.classify import FineTuneConfig
 from test_export_published_tq import published, state_of
 

@@ -15,8 +15,8 @@ from kronfold.data.sources import documents
 from kronfold.data.stdlib import split_of
 from kronfold.evaluate.perplexity import perplexity
 from kronfold.evaluate.samples import sample
-from kronfold.pipelines.model_card import model_card
-from kronfold.pipelines.pretrain import load_pretrain_config
+from kronfold.export.model_card import model_card
+from kronfold.jobs.pretrain import load_pretrain_config
 
 MEGABYTE = 1_000_000
 

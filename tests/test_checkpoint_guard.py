@@ -30,13 +30,13 @@ import pico
 from kronfold.base.errors import CheckpointError
 from kronfold.export.checkpoint import verify_written, write_model
 from kronfold.export.quantizer import KronfoldConfig
+from kronfold.jobs import stream as streaming
+from kronfold.jobs.compress import compress_to
+from kronfold.jobs.stream import compress_streaming
 from kronfold.models.load import load_model
 from kronfold.models.place import read_specs
 from kronfold.models.safetensors_header import read_headers
 from kronfold.options import read
-from kronfold.pipelines import streaming
-from kronfold.pipelines.checkpoint import compress_to
-from kronfold.pipelines.streaming import compress_streaming
 from kronfold.planner.recipe import Recipe
 from kronfold.structures.levels import TiedHead
 

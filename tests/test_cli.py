@@ -118,7 +118,7 @@ def test_heal_resumes_the_same_student_and_teacher_only(call, model, text, tmp_p
     """By their whole content: one number in the middle of one matrix is enough."""
     from safetensors.torch import load_file, save_file
 
-    from kronfold.pipelines import healing
+    from kronfold.jobs import heal as healing
 
     assert call("compress", model, "-r", "tqcompressor", "-o", tmp_path / "small")[0] == 0
     shutil.copytree(model, tmp_path / "teacher")

@@ -11,8 +11,8 @@ import kronfold as kf
 import pico
 from kronfold.base.errors import RecipeError
 from kronfold.distill import ObjectiveConfig
+from kronfold.fit.compress import check_objectives
 from kronfold.options.healing import HealConfig
-from kronfold.pipelines.objectives import check_objectives
 from kronfold.planner.recipe import load_recipe, shipped_recipes
 
 

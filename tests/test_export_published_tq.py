@@ -15,9 +15,9 @@ import kronfold as kf
 import pico
 from kronfold.base.errors import CheckpointError, InputError
 from kronfold.export.published_tq import model_from_tq
+from kronfold.jobs.import_tq import import_tq
 from kronfold.models.cost import cost
 from kronfold.models.place import read_specs
-from kronfold.pipelines.importing import import_tq
 
 
 class KnEmbedding(nn.Module):

@@ -18,19 +18,19 @@ import pico
 from kronfold.base.errors import CheckpointError, DataError, DivergedError, InputError, NotFiniteError
 from kronfold.base.files import write_json
 from kronfold.export.checkpoint import write_model
+from kronfold.jobs.compare import CompareOptions, compare
+from kronfold.jobs.compress import compress_to, export_dense
+from kronfold.jobs.finetune import FineTuneOptions, finetune
+from kronfold.jobs.heal import heal_to
+from kronfold.jobs.import_tq import import_tq
+from kronfold.jobs.pretrain import pretrain
+from kronfold.jobs.run import RunOptions, run
+from kronfold.jobs.stream import compress_streaming
+from kronfold.jobs.teach import teach_to
 from kronfold.models.calibrate import calibrate
 from kronfold.models.finite import check_finite, not_finite
 from kronfold.models.load import load_classifier, load_model
 from kronfold.options.healing import HealConfig
-from kronfold.pipelines.checkpoint import compress_to, export_dense
-from kronfold.pipelines.compare import CompareOptions, compare
-from kronfold.pipelines.finetune import FineTuneOptions, finetune
-from kronfold.pipelines.healing import heal_to
-from kronfold.pipelines.importing import import_tq
-from kronfold.pipelines.pretrain import pretrain
-from kronfold.pipelines.progressive import RunOptions, run
-from kronfold.pipelines.streaming import compress_streaming
-from kronfold.pipelines.teaching import teach_to
 from kronfold.train import store_teacher
 from test_pretrain import settings
 from test_pretrain import text as rows  # noqa: F401  (a fixture)
@@ -260,7 +260,7 @@ def test_fine_tuning_writes_no_infinity(places, tmp_path):
 
 
 def test_pre_training_that_diverges_stops_and_resumes_with_a_lower_rate(rows, tmp_path):  # noqa: F811
-    from kronfold.pipelines.pretrain import PretrainConfig
+    from kronfold.jobs.pretrain import PretrainConfig
 
     def config(**training):
         return PretrainConfig.model_validate(settings(rows, evaluate_every=1, **training))

@@ -24,10 +24,10 @@ from absorb_models import (
     run,
     without_gathers,
 )
+from kronfold.fit.fit import absorb_gathers, gathers_of
 from kronfold.models import absorb as ab
 from kronfold.models.cost import cost
 from kronfold.models.place import replace_modules
-from kronfold.pipelines.gathers import absorb_gathers, gathers_of
 from kronfold.structures.grouped_embedding import GroupedEmbedding, GroupedEmbeddingSpec, grouped_embedding
 from kronfold.structures.low_rank import LowRankLinear
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kronfold.base.errors import InputError
-from kronfold.pipelines.tuning import tune
+from kronfold.jobs.tune import tune
 from kronfold.structures import low_rank
 from kronfold.structures import rates as cost
 from kronfold.structures.kronecker import KroneckerLinear, matrix

@@ -16,7 +16,7 @@ from kronfold.base.errors import CheckpointError, DataError, OutputError, Recipe
 from kronfold.data.sources import documents
 from kronfold.data.stdlib import split_of
 from kronfold.evaluate.perplexity import perplexity
-from kronfold.pipelines.pretrain import load_pretrain_config, pretrain
+from kronfold.jobs.pretrain import load_pretrain_config, pretrain
 
 SENTENCE = "the module reads a file and returns its lines as text while every error is named"
 WORDS = SENTENCE.split()

@@ -18,7 +18,7 @@ import process_jobs as jobs
 from kronfold.base import processes
 from kronfold.base.errors import InputError
 from kronfold.base.processes import split_batch
-from kronfold.pipelines.progressive import RunOptions, run
+from kronfold.jobs.run import RunOptions, run
 from train_examples import KillAfter, Stop
 
 TESTS = Path(__file__).parent

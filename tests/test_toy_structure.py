@@ -24,12 +24,12 @@ import kronfold as kf
 import pico
 import report_examples
 from kronfold.base.errors import InputError, RecipeError, ShapeError
+from kronfold.fit.calibration import Calibration
+from kronfold.fit.fit import fit_rows
 from kronfold.models.calibrate import calibrate
 from kronfold.models.cost import cost
 from kronfold.models.linear_view import sites
 from kronfold.options import read
-from kronfold.pipelines.auto import fit_rows
-from kronfold.pipelines.calibration import Calibration
 from kronfold.planner.plan import Plan
 from kronfold.planner.recipe import Recipe
 from kronfold.planner.sensitivity import load_curves, save_curves, sensitivity

@@ -60,8 +60,8 @@ def compare(
     check_output(output, overwrite, allow_existing=resume)
     from kronfold.base.cache import cache_directory
     from kronfold.evaluate.texts import named_texts
-    from kronfold.pipelines.compare import CompareOptions
-    from kronfold.pipelines.compare import compare as run_comparison
+    from kronfold.jobs.compare import CompareOptions
+    from kronfold.jobs.compare import compare as run_comparison
     from kronfold.report.comparison import comparison_table
     from kronfold.report.page import write_comparison
 

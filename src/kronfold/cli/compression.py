@@ -101,9 +101,9 @@ def plan(
 
     from kronfold.base.cache import cache_directory
     from kronfold.base.output import Output
+    from kronfold.jobs.compress import make_plan
     from kronfold.models.load import load_config, load_model
     from kronfold.models.recognised import recognised
-    from kronfold.pipelines.checkpoint import make_plan
     from kronfold.planner.planning import skeleton_of
     from kronfold.planner.training import training_of
     from kronfold.report.plans import plan_table, training_table
@@ -200,8 +200,8 @@ def compress(
 ) -> None:
     """Make a model smaller and save it, without healing: planned for a budget and fitted to text, unless told other."""
     from kronfold.base.cache import cache_directory
-    from kronfold.pipelines.checkpoint import compress_to
-    from kronfold.pipelines.streaming import check_options, compress_streaming
+    from kronfold.jobs.compress import compress_to
+    from kronfold.jobs.stream import check_options, compress_streaming
 
     t.prepare(seed=seed)
     budget = t.budget(target_params, target_ratio, target_macs, target_bytes)
@@ -269,9 +269,9 @@ def heal(
     json: t.Json = False,
 ) -> None:
     """Continue training a compressed model by distillation from the original."""
+    from kronfold.jobs.heal import heal_to
     from kronfold.options import read
     from kronfold.options.healing import HealConfig
-    from kronfold.pipelines.healing import heal_to
 
     device = t.prepare(device, seed)
     recipe = read(
@@ -334,7 +334,7 @@ def run(
 ) -> None:
     """The whole job: compress in the recipe's stages, heal each, measure with controls, save, report."""
     from kronfold.base.cache import cache_directory
-    from kronfold.pipelines.progressive import check_controls
+    from kronfold.jobs.run import check_controls
 
     options: dict[str, Any] = {
         "model": t.resolve_model(model),
@@ -372,9 +372,9 @@ def _run(
 
     if processes.is_main() and not resume:
         check_output(output, overwrite)
+    from kronfold.jobs.run import RunOptions
+    from kronfold.jobs.run import run as run_recipe
     from kronfold.models.load import read_dtype
-    from kronfold.pipelines.progressive import RunOptions
-    from kronfold.pipelines.progressive import run as run_recipe
     from kronfold.report.page import write_report
     from kronfold.report.tables import run_summary
 

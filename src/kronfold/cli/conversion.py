@@ -23,7 +23,7 @@ def export(
     json: t.Json = False,
 ) -> None:
     """Fold all structures into plain weights, for runtimes that know no factors; the size is the dense one again."""
-    from kronfold.pipelines.checkpoint import export_dense
+    from kronfold.jobs.compress import export_dense
 
     t.prepare()
     document = export_dense(t.resolve_model(model), output, dtype=dtype, overwrite=overwrite)
@@ -49,7 +49,7 @@ def import_tq(
     json: t.Json = False,
 ) -> None:
     """Read a published TQCompressedGPT2 state dict into a checkpoint that transformers loads, with equal logits."""
-    from kronfold.pipelines.importing import import_tq as convert
+    from kronfold.jobs.import_tq import import_tq as convert
 
     t.prepare()
     document = convert(path, output, tokenizer=tokenizer, heads=heads, dtype=dtype, overwrite=overwrite)

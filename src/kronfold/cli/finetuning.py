@@ -54,9 +54,9 @@ def finetune(
 ) -> None:
     """Fine-tune a model on a task of GLUE, structured layers kept; several seeds, optionally from a teacher."""
     from kronfold.base.errors import InputError
+    from kronfold.jobs import finetune as pipeline
     from kronfold.options.finetune import LABELS_ONLY, FineTuneConfig
     from kronfold.options.healing import ObjectiveConfig
-    from kronfold.pipelines import finetune as pipeline
     from kronfold.report.tables import finetune_table
 
     if not teacher and (method != "kd" or method_option):

@@ -67,7 +67,7 @@ def evaluate(
     from kronfold.base.errors import InputError
     from kronfold.base.output import Output
     from kronfold.evaluate.texts import ROWS, named_texts
-    from kronfold.pipelines import evaluation
+    from kronfold.jobs import evaluate as evaluation
     from kronfold.report.tables import suite_table, task_table
 
     if suite and tasks:
@@ -149,11 +149,11 @@ def inspect(
 
     from kronfold.base import results
     from kronfold.base.marker import verified
+    from kronfold.fit.fit import gathers_of
     from kronfold.models.cost import cost
     from kronfold.models.load import load_config, load_model
     from kronfold.models.place import read_specs
     from kronfold.models.recognised import recognised
-    from kronfold.pipelines.gathers import gathers_of
     from kronfold.planner.planning import skeleton_of
     from kronfold.report.tables import gathers_line
 
@@ -247,7 +247,7 @@ def tune(
     json: t.Json = False,
 ) -> None:
     """Measure this machine for a few seconds, so that structured layers choose the fastest way to compute on it."""
-    from kronfold.pipelines.tuning import tune as measure
+    from kronfold.jobs.tune import tune as measure
     from kronfold.report.tables import simple_table
 
     document = measure(t.prepare(device), dtypes.split(","), threads, save=save)

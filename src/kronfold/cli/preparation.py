@@ -130,7 +130,7 @@ def pretrain(
     json: t.Json = False,
 ) -> None:
     """Train a GPT-2 from scratch, tokenizer included."""
-    from kronfold.pipelines.pretrain import pretrain as train
+    from kronfold.jobs.pretrain import pretrain as train
 
     t.prepare(seed=seed)
     with t.progress_bar() as report:
@@ -158,7 +158,7 @@ def teach(
     json: t.Json = False,
 ) -> None:
     """Run a teacher once over a text and store its likeliest tokens, for `kronfold heal --offline-teacher`."""
-    from kronfold.pipelines.teaching import teach_to
+    from kronfold.jobs.teach import teach_to
 
     device = t.prepare(device)
     with t.progress_bar() as report:

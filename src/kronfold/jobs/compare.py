@@ -25,16 +25,14 @@ from kronfold.evaluate.lambada import lambada, passages
 from kronfold.evaluate.perplexity import PROTOCOLS, PerplexityResult, perplexity
 from kronfold.evaluate.speed import generation_speed
 from kronfold.evaluate.texts import open_text
+from kronfold.fit.calibration import Calibration
+from kronfold.fit.fit import absorb_gathers, calibrate_on, keep_layers
+from kronfold.jobs.compare_rows import Objective, Row, check_rows, row_of, with_budget
+from kronfold.jobs.run import run_stages
+from kronfold.jobs.run_state import Report, Run, RunOptions
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer, on_disk
 from kronfold.options.healing import HealConfig
-from kronfold.pipelines.auto import calibrate_on
-from kronfold.pipelines.calibration import Calibration
-from kronfold.pipelines.compare_rows import Objective, Row, check_rows, row_of, with_budget
-from kronfold.pipelines.gathers import absorb_gathers
-from kronfold.pipelines.progressive import run_stages
-from kronfold.pipelines.run_state import Report, Run, RunOptions
-from kronfold.pipelines.stage import keep_layers
 from kronfold.planner.budget import Budget
 from kronfold.planner.recipe import Recipe, load_recipe
 from kronfold.train.heal import heal

@@ -23,6 +23,8 @@ from kronfold.base.errors import CheckpointError, InputError, RecipeError
 from kronfold.base.files import UNFINISHED, explain_write_errors, write_json
 from kronfold.base.job import Job
 from kronfold.export.quantizer import attach
+from kronfold.fit.compress import plan as make_plan
+from kronfold.fit.fit import Progress, absorb_gathers, compress_stage, gathers_of, keep_layers
 from kronfold.models.cost import Cost, cost
 from kronfold.models.finite import check_finite
 from kronfold.models.load import load_config, load_tokenizer, local_checkpoint, read_dtype
@@ -30,9 +32,6 @@ from kronfold.models.parts import Parts, put_tensors
 from kronfold.models.place import read_specs
 from kronfold.models.stored_names import to_stored
 from kronfold.models.weight_files import WeightFiles
-from kronfold.pipelines.compress import plan as make_plan
-from kronfold.pipelines.gathers import absorb_gathers, gathers_of
-from kronfold.pipelines.stage import Progress, compress_stage, keep_layers
 from kronfold.planner import planning
 from kronfold.planner.budget import Budget
 from kronfold.planner.plan import Plan, PlanRow

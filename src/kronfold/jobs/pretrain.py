@@ -35,8 +35,8 @@ from kronfold.data.stdlib import split_of, stdlib_documents
 from kronfold.data.tokenizer import train_tokenizer
 from kronfold.evaluate.perplexity import perplexity
 from kronfold.export.checkpoint import write_model
+from kronfold.export.model_card import model_card
 from kronfold.options import Options, read
-from kronfold.pipelines.model_card import model_card
 from kronfold.train import checkpoints
 from kronfold.train.precision import bf16_is_fast
 from kronfold.train.watch import WatchedTrainer

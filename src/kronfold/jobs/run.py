@@ -28,18 +28,15 @@ from kronfold.evaluate.perplexity import PROTOCOLS
 from kronfold.evaluate.texts import open_text
 from kronfold.export.checkpoint import write_model
 from kronfold.export.quantizer import attach
+from kronfold.fit.calibration import Calibration
+from kronfold.fit.compress import check_objectives
+from kronfold.fit.fit import absorb_gathers, calibrate_on, keep_layers, plan_auto, settings_of
+from kronfold.jobs.beside import second_recipe, second_samples, second_track
+from kronfold.jobs.run_state import Control, Report, Run, RunOptions, made_once
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer, on_disk
 from kronfold.models.place import read_specs
 from kronfold.options.healing import HealConfig
-from kronfold.pipelines.auto import calibrate_on, plan_auto, settings_of
-from kronfold.pipelines.beside import second_recipe, second_samples, second_track
-from kronfold.pipelines.calibration import Calibration
-from kronfold.pipelines.gathers import absorb_gathers
-from kronfold.pipelines.objectives import check_objectives
-from kronfold.pipelines.run_state import Control, Report, Run, RunOptions
-from kronfold.pipelines.stage import keep_layers
-from kronfold.pipelines.together import made_once
 from kronfold.planner import planning
 from kronfold.planner.plan import Plan
 from kronfold.planner.recipe import Recipe, load_recipe

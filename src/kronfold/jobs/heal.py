@@ -19,10 +19,10 @@ from kronfold.distill.objective import Objective
 from kronfold.distill.stored import StoredTeacher
 from kronfold.evaluate.perplexity import perplexity
 from kronfold.evaluate.texts import open_text
+from kronfold.jobs.compress import write_saved
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer, on_disk, read_dtype
 from kronfold.options.healing import HealConfig
-from kronfold.pipelines.checkpoint import write_saved
 from kronfold.train import checkpoints
 from kronfold.train.heal import HealResult, heal
 from kronfold.train.watch import check_teacher_outputs

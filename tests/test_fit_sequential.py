@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, OPTConfig
 
 import pico
 from kronfold.base.errors import DataError, InputError, RecipeError
+from kronfold.fit.fit import fit_row
+from kronfold.fit.sequential import compress_sequentially
 from kronfold.models.block_stream import BlockStream
 from kronfold.models.calibrate import calibrate
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import sites
 from kronfold.models.place import fitted_layer, place
-from kronfold.pipelines.sequential import compress_sequentially
-from kronfold.pipelines.stage import fit_row
 from kronfold.planner.plan import PlanRow
 from kronfold.structures.grouped_embedding import GroupedEmbeddingSpec
 from kronfold.structures.low_rank import LowRankSpec

@@ -16,10 +16,10 @@ import pico
 from kronfold.base import results
 from kronfold.base.errors import InputError
 from kronfold.base.progress import Progress, State
+from kronfold.jobs import beside as room
+from kronfold.jobs import run as progressive
+from kronfold.jobs.run import RunOptions, run
 from kronfold.models.cost import cost
-from kronfold.pipelines import beside as room
-from kronfold.pipelines import progressive
-from kronfold.pipelines.progressive import RunOptions, run
 from kronfold.report.document import measured
 
 

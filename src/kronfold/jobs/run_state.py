@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
+from kronfold.base import processes
 from kronfold.base.job import Job
 from kronfold.data.bad_rows import Reading
 from kronfold.data.packing import TokenBlocks
 from kronfold.evaluate.perplexity import perplexity
 from kronfold.evaluate.samples import sample
 from kronfold.evaluate.texts import open_text
+from kronfold.export.checkpoint import write_model
 from kronfold.export.dense import to_dense
+from kronfold.fit.calibration import Calibration
+from kronfold.fit.fit import calibrate_on, fit_rows, keep_layers, plan_auto
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model
-from kronfold.pipelines.auto import calibrate_on, fit_rows, plan_auto
-from kronfold.pipelines.calibration import Calibration
-from kronfold.pipelines.stage import keep_layers
 from kronfold.planner.budget import Budget
 from kronfold.planner.plan import Plan, PlanRow, PlanStage
 from kronfold.planner.recipe import Recipe
@@ -143,3 +145,35 @@ class Run:
         if self.options.prompt is None:
             return None
         return sample(model, self.tokenizer, self.options.prompt, self.options.sample_tokens, self.options.seed)
+
+
+# What pipelines of several processes share: a model made once.
+
+
+T = TypeVar("T")
+
+
+def made_once(
+    make: Callable[[], tuple[PreTrainedModel, T]], place: Path, tokenizer: Any, device: str
+) -> tuple[PreTrainedModel, T]:
+    """(model, facts) of `make` on every process; only the main one makes them, the others read the model from `place`.
+
+    A permutation search on all at once would share the same cores, and machines of different kinds may round
+    differently and so choose different permutations; a file is equal for all. `place`, which all must see, is gone
+    afterwards.
+    """
+    if processes.count() == 1:
+        return make()
+    own: list[PreTrainedModel] = []
+
+    def work() -> T:
+        model, facts = make()
+        write_model(model, tokenizer, place)
+        own.append(model)
+        return facts
+
+    facts = processes.on_main(work)
+    model = own[0] if own else load_model(place, device=device)
+    processes.barrier()  # all have read it
+    processes.on_main(lambda: shutil.rmtree(place))
+    return model, facts

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, GPT2Config
 import kronfold as kf
 import pico
 from kronfold.base.errors import RecipeError
+from kronfold.jobs import run as progressive
+from kronfold.jobs.compress import compress_to
+from kronfold.jobs.run import RunOptions, run
 from kronfold.models.cost import cost
 from kronfold.models.truncate import truncate
 from kronfold.options import read
-from kronfold.pipelines import progressive
-from kronfold.pipelines.checkpoint import compress_to
-from kronfold.pipelines.progressive import RunOptions, run
 from kronfold.planner.plan import Plan
 from kronfold.planner.plan_diff import diff
 from kronfold.planner.planning import check_plan

@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kronfold as kf
 import pico
 from kronfold.base.errors import KronfoldError
+from kronfold.jobs import stream as streaming
+from kronfold.jobs.compress import compress_to
+from kronfold.jobs.stream import compress_streaming
 from kronfold.models.load import load_model
 from kronfold.models.presets import preset_config
 from kronfold.models.weight_files import WeightFiles
-from kronfold.pipelines import streaming
-from kronfold.pipelines.checkpoint import compress_to
-from kronfold.pipelines.streaming import compress_streaming
 from kronfold.planner.budget import Budget
 
 EVERYTHING = """

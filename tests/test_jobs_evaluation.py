@@ -12,8 +12,8 @@ from kronfold.base.errors import InputError
 from kronfold.evaluate.lambada import lambada
 from kronfold.evaluate.perplexity import perplexity
 from kronfold.evaluate.texts import named_texts
+from kronfold.jobs import evaluate as evaluation
 from kronfold.models.load import load_model, load_tokenizer
-from kronfold.pipelines import evaluation
 
 PASSAGES = ["the quick brown fox jumps over the lazy dog", "the fox", "the dog sleeps under the old brown tree"]
 

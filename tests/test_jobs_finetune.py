@@ -15,11 +15,11 @@ import pico
 from kronfold.base.errors import InputError
 from kronfold.data.glue import TASKS, read_tsv
 from kronfold.distill import ObjectiveConfig
+from kronfold.jobs import finetune as pipeline
+from kronfold.jobs.finetune import FineTuneOptions, finetune
 from kronfold.models.load import load_classifier, load_model
 from kronfold.models.place import read_specs
 from kronfold.options.finetune import FineTuneConfig
-from kronfold.pipelines import finetune as pipeline
-from kronfold.pipelines.finetune import FineTuneOptions, finetune
 
 WORDS = [word for word in dict.fromkeys(pico.TEXT.split()) if word not in (".", "fox")]
 FAST = ["--epochs", 2, "--learning-rate", 5e-3, "--batch-size", 16, "--device", "cpu"]

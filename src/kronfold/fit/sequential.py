@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 
 from kronfold.base.errors import InputError
 from kronfold.export.quantizer import attach
+from kronfold.fit.fit import fit_row
 from kronfold.models.block_stream import BlockStream
 from kronfold.models.calibrate import check_windows
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import LinearView, sites
 from kronfold.models.place import fitted_layer, overwrite, place
 from kronfold.models.statistics import Statistics
-from kronfold.pipelines.stage import fit_row
 from kronfold.planner import planning
 from kronfold.planner.plan import PlanRow
 from kronfold.structures.weighting import corrected_weight, covariance

@@ -10,12 +10,12 @@ import torch
 import pico
 from kronfold.base.errors import RecipeError
 from kronfold.cli.terminal import planner_changes
+from kronfold.fit.calibration import Calibration
+from kronfold.fit.fit import fit_rows, settings_of
+from kronfold.fit.sequential import compress_sequentially
 from kronfold.models.calibrate import calibrate
 from kronfold.models.linear_view import sites
 from kronfold.models.place import overwrite
-from kronfold.pipelines.auto import fit_rows, settings_of
-from kronfold.pipelines.calibration import Calibration
-from kronfold.pipelines.sequential import compress_sequentially
 from kronfold.planner import planning
 from kronfold.planner.recipe import load_recipe
 from kronfold.structures.registry import structure_of

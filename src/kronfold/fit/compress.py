@@ -11,13 +11,11 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kronfold.base.errors import InputError, RecipeError
+from kronfold.distill.objective import Objective
+from kronfold.fit.calibration import Calibration
+from kronfold.fit.fit import Progress, absorb_gathers, calibrate_on, compress_stage, fit_rows, keep_layers, plan_auto
 from kronfold.models.calibrate import fingerprint
 from kronfold.models.load import load_tokenizer
-from kronfold.pipelines.auto import calibrate_on, fit_rows, plan_auto
-from kronfold.pipelines.calibration import Calibration
-from kronfold.pipelines.gathers import absorb_gathers
-from kronfold.pipelines.objectives import check_objectives
-from kronfold.pipelines.stage import Progress, compress_stage, keep_layers
 from kronfold.planner import planning
 from kronfold.planner.budget import Budget
 from kronfold.planner.plan import Plan
@@ -161,3 +159,19 @@ def _calibration(
         tokenizer = load_tokenizer(model.config.name_or_path)
     sources = [text] if isinstance(text, str | Path) else text
     return calibrate_on(model, tokenizer, sources, settings, seed=seed, cache=cache, progress=progress)
+
+
+# Objectives as recipes write them, made into those that train.
+
+
+def check_objectives(recipe: Recipe) -> None:
+    """Raises RecipeError with the faults of all stages' objectives; nothing else of a recipe is looked at."""
+    faults = []
+    for stage in recipe.stages:
+        try:
+            if stage.heal:
+                Objective(stage.heal.objective)
+        except InputError as error:
+            faults.append(f"{stage.name}.heal.objective: {error}")
+    if faults:
+        raise RecipeError(f"Recipe {recipe.name} cannot be healed:\n  " + "\n  ".join(faults))

@@ -119,7 +119,7 @@ def test_other_refusals():
 
 
 def test_statistics_of_another_model_are_refused():
-    from kronfold.pipelines.auto import calibrate_on
+    from kronfold.fit.fit import calibrate_on
     from kronfold.planner.recipe import AutoRecipe
 
     model = pico.gpt2()

@@ -17,13 +17,11 @@ from kronfold.base import processes
 from kronfold.base.errors import InputError
 from kronfold.base.progress import Progress
 from kronfold.export.checkpoint import write_model
+from kronfold.fit.compress import check_objectives
+from kronfold.fit.fit import absorb_gathers, calibrate_on, fit_rows, plan_auto
+from kronfold.jobs.run_state import Run, RunOptions, made_once
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model
-from kronfold.pipelines.auto import calibrate_on, fit_rows, plan_auto
-from kronfold.pipelines.gathers import absorb_gathers
-from kronfold.pipelines.objectives import check_objectives
-from kronfold.pipelines.run_state import Run, RunOptions
-from kronfold.pipelines.together import made_once
 from kronfold.planner.budget import Budget
 from kronfold.planner.recipe import Recipe, load_recipe
 

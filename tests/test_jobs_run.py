@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 import kronfold as kf
 import pico
 from kronfold.base.errors import InputError, OutputError
+from kronfold.fit.fit import gathers_of
+from kronfold.jobs import run as progressive
+from kronfold.jobs.run import RunOptions, check_controls, run
 from kronfold.models.cost import cost
-from kronfold.pipelines import progressive
-from kronfold.pipelines.gathers import gathers_of
-from kronfold.pipelines.progressive import RunOptions, check_controls, run
 
 
 @pytest.fixture(scope="module")

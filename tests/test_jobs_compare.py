@@ -19,8 +19,8 @@ import pico
 from kronfold.base.errors import InputError, KronfoldError, OutputError
 from kronfold.evaluate.lambada import lambada
 from kronfold.evaluate.speed import generation_speed
-from kronfold.pipelines import compare as room
-from kronfold.pipelines.compare import CompareOptions, compare
+from kronfold.jobs import compare as room
+from kronfold.jobs.compare import CompareOptions, compare
 from kronfold.planner.budget import Budget
 from kronfold.planner.recipe import load_recipe
 from kronfold.planner.sizing import TOLERANCE

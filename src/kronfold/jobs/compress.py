@@ -16,13 +16,11 @@ from kronfold.data.bad_rows import Reading
 from kronfold.export.checkpoint import write_model
 from kronfold.export.dense import to_dense
 from kronfold.export.quantizer import attach
+from kronfold.fit.compress import plan
+from kronfold.fit.fit import Progress, absorb_gathers, calibrate_on, fit_rows, keep_layers, settings_of
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer, read_dtype
 from kronfold.models.place import read_specs
-from kronfold.pipelines.auto import calibrate_on, fit_rows, settings_of
-from kronfold.pipelines.compress import plan
-from kronfold.pipelines.gathers import absorb_gathers
-from kronfold.pipelines.stage import Progress, keep_layers
 from kronfold.planner import planning
 from kronfold.planner.budget import Budget
 from kronfold.planner.plan import Plan

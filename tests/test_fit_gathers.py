@@ -16,12 +16,12 @@ from absorb_models import (
     double,
     run,
 )
+from kronfold.fit.compress import compress_stage
+from kronfold.fit.fit import absorb_gathers, gathers_of
 from kronfold.models import absorb as ab
 from kronfold.models.cost import cost
 from kronfold.models.linear_view import sites
 from kronfold.options import read
-from kronfold.pipelines.compress import compress_stage
-from kronfold.pipelines.gathers import absorb_gathers, gathers_of
 from kronfold.planner.plan import Plan
 from kronfold.planner.planning import check_plan, skeleton_of
 from kronfold.planner.recipe import Recipe

@@ -11,10 +11,10 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from kronfold.base.errors import InputError, KronfoldError, RecipeError
+from kronfold.fit.calibration import Calibration
+from kronfold.fit.compress import check_objectives
+from kronfold.fit.fit import plan_auto
 from kronfold.options.healing import HealConfig, ObjectiveConfig
-from kronfold.pipelines.auto import plan_auto
-from kronfold.pipelines.calibration import Calibration
-from kronfold.pipelines.objectives import check_objectives
 from kronfold.planner import planning
 from kronfold.planner.budget import Budget
 from kronfold.planner.recipe import Recipe

@@ -1,1 +1,0 @@
-"""The only room that composes the others: compress, run in stages, pretrain."""
