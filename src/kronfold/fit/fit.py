@@ -131,9 +131,6 @@ def _refitted_bias(view: LinearView, fit: Any, statistics: Statistics | None) ->
 # The `auto` recipe: calibrate, plan for a budget, fit to data.
 
 
-Progress = Callable[[str, int, int], None]
-
-
 def settings_of(recipe: str | Recipe | None, changes: Mapping[str, Any] | None = None) -> AutoRecipe:
     """The `auto` entry of a recipe (the default one where it has none) with some fields changed.
 
