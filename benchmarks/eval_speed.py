@@ -27,9 +27,8 @@ import torch
 import kronfold as kf
 from bench import Benchmark, Run, environment, figure, gpt2, interleaved, medians, own_cache
 from kronfold.assets import heal_text, teacher_path
-from kronfold.data.encode import token_stream
+from kronfold.data.encode import LIMIT, token_stream
 from kronfold.data.sources import documents
-from kronfold.data.token_cache import LIMIT
 from kronfold.evaluate.perplexity import PROTOCOLS
 from kronfold.models.load import load_model, load_tokenizer, read_dtype
 

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 import kronfold as kf
 from bench import Benchmark, Run, figure, gpt2, interleaved, medians, resident
-from kronfold.evaluate.speed import generation_speed
+from kronfold.evaluate.samples import generation_speed
 from kronfold.models.cost import cost
 
 BARS = {"prefill": 1.2, "decode": 1.25}

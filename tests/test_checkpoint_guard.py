@@ -35,7 +35,7 @@ from kronfold.jobs.compress import compress_to
 from kronfold.jobs.stream import compress_streaming
 from kronfold.models.load import load_model
 from kronfold.models.place import read_specs
-from kronfold.models.safetensors_header import read_headers
+from kronfold.models.weight_files import read_headers
 from kronfold.options import read
 from kronfold.planner.recipe import Recipe
 from kronfold.structures.levels import TiedHead

@@ -9,7 +9,7 @@ import torch
 
 import pico
 from kronfold.base.errors import DataError
-from kronfold.data.calibration import READ_AHEAD, calibration_windows
+from kronfold.data.packing import READ_AHEAD, calibration_windows
 
 WORDS = list(dict.fromkeys(pico.TEXT.split()))
 WINDOW = 6

@@ -12,10 +12,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from kronfold.base.errors import InputError
-from kronfold.data import encode, text_pieces
-from kronfold.data.encode import Encoder, encode_documents, token_stream
-from kronfold.data.text_pieces import may_be_split, pieces
-from kronfold.data.token_cache import LIMIT, TokenCache
+from kronfold.data import encode
+from kronfold.data.encode import LIMIT, Encoder, TokenCache, encode_documents, may_be_split, pieces, token_stream
 from kronfold.evaluate import perplexity
 
 # What pre-tokenizers treat in ways of their own: white space of all kinds and lengths, contractions, digits, marks.
@@ -25,7 +23,7 @@ FRAGMENTS = [
     *("日本", "🙂", "!", "...", ".\n", ").\n\n", "x_y", "▁", "▁a", "Ġ", "END", "END ", " END", "<|end|>", " <|end|> "),
     *("the word", "a  b", "İ", "ß", "Σ", "\u0345"),
 ]
-LLAMA_3 = text_pieces._WORDS_LLAMA_3
+LLAMA_3 = encode._WORDS_LLAMA_3
 SPLITS = {
     "gpt2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
     "gpt2, prefix": lambda: pre_tokenizers.ByteLevel(add_prefix_space=True),

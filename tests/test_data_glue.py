@@ -11,8 +11,7 @@ import pytest
 
 import pico
 from kronfold.base.errors import DataError, InputError
-from kronfold.data.glue import TASKS, read_dataset, read_tsv, task_of
-from kronfold.data.sequences import collator, encode_examples, padding_token
+from kronfold.data.glue import TASKS, collator, encode_examples, padding_token, read_dataset, read_tsv, task_of
 
 
 def file(tmp_path, content: str | bytes, name: str = "train.tsv"):

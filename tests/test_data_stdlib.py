@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from kronfold.base.errors import DataError, OutputError
-from kronfold.data.prose import paragraphs
-from kronfold.data.stdlib import extract_stdlib, split_of, stdlib_documents
+from kronfold.data.stdlib import extract_stdlib, paragraphs, split_of, stdlib_documents
 
 CLEANING = {
     "hard-wrapped lines are joined": (

@@ -14,13 +14,11 @@ from torch.nn import functional as F
 import pico
 from kronfold.base.errors import CheckpointError, InputError, OutputError
 from kronfold.cli.main import main
-from kronfold.data.packing import TokenBlocks
-from kronfold.distill import IGNORE, LOSSES, METHODS, ObjectiveConfig, chunked_loss, head_parameters
+from kronfold.distill import IGNORE, METHODS, ObjectiveConfig, chunked_loss, head_parameters
 from kronfold.distill.losses import IDS, LOG_PROBS, TopK, bucketed_kl, top_k
 from kronfold.distill.stored import Manifest, StoredTeacher
-from kronfold.evaluate.bucket_bias import bucket_bias
 from kronfold.train import heal, store_teacher
-from kronfold.train.order import ShuffledStream
+from kronfold.train.trainer import ShuffledStream
 from train_examples import VOCABULARY, Blocks, Stop, gpt2
 
 SIZES = {"top_k": 8, "batch_size": 2, "shard_bytes": 1}  # shards of one batch
@@ -115,23 +113,6 @@ def test_chunked_loss_with_a_stored_teacher(chunk):
         torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-13)
     with pytest.raises(InputError, match="'logit_mse' compares all logits"):
         chunked_loss(*common[:-1], {"logit_mse": 1.0}, teacher_top=kept)
-
-
-def test_bias_is_measured():
-    student, teacher = gpt2(0, dropout=0.0).eval(), peaked()
-    blocks = TokenBlocks(Blocks(4).ids.numpy().astype(np.uint16))
-    rows = bucket_bias(student, teacher, blocks, [1, 8, VOCABULARY], temperature=2.0)
-    with torch.no_grad():
-        ids = Blocks(4).ids
-        true = LOSSES.get("kl").function(
-            student(ids).logits.flatten(0, 1), teacher(ids).logits.flatten(0, 1), ids.flatten(), 2.0
-        )
-    assert [row["kl"] for row in rows] == pytest.approx([true.item() / ids.numel()] * 3, rel=1e-5)
-    assert rows[0]["bias"] < rows[1]["bias"] < rows[2]["bias"] + 1e-12
-    assert rows[2]["bias"] == pytest.approx(0, abs=1e-5)
-    assert rows[0]["gradient_error"] > rows[1]["gradient_error"] > 10 * rows[2]["gradient_error"]
-    assert rows[1]["stored"] == pytest.approx(rows[1]["bucketed"], rel=0.01)
-    assert rows[2]["tail_mass"] == 0 < rows[1]["tail_mass"] < rows[0]["tail_mass"] < 1
 
 
 # The files

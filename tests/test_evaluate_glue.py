@@ -11,8 +11,7 @@ from transformers import GPT2ForSequenceClassification
 import kronfold as kf
 import pico
 from kronfold.base.errors import CheckpointError, InputError
-from kronfold.data.glue import TASKS
-from kronfold.data.sequences import collator
+from kronfold.data.glue import TASKS, collator
 from kronfold.evaluate.glue import answers, predict, score, spread
 from kronfold.models.load import load_classifier
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pico
-from kronfold.data.sequences import collator
+from kronfold.data.glue import collator
 from kronfold.distill import METHODS, ObjectiveConfig
 from kronfold.models.load import load_classifier
 from kronfold.options.finetune import FineTuneConfig

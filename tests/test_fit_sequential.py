@@ -14,10 +14,10 @@ import pico
 from kronfold.base.errors import DataError, InputError, RecipeError
 from kronfold.fit.fit import fit_row
 from kronfold.fit.sequential import compress_sequentially
-from kronfold.models.block_stream import BlockStream
 from kronfold.models.calibrate import calibrate
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import sites
+from kronfold.models.parts import BlockStream
 from kronfold.models.place import fitted_layer, place
 from kronfold.planner.plan import PlanRow
 from kronfold.structures.grouped_embedding import GroupedEmbeddingSpec

@@ -18,7 +18,7 @@ import kronfold as kf
 import pico
 from kronfold.base.errors import InputError, KronfoldError, OutputError
 from kronfold.evaluate.lambada import lambada
-from kronfold.evaluate.speed import generation_speed
+from kronfold.evaluate.samples import generation_speed
 from kronfold.jobs import compare as room
 from kronfold.jobs.compare import CompareOptions, compare
 from kronfold.planner.budget import Budget

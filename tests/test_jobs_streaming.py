@@ -18,8 +18,7 @@ from kronfold.base.errors import KronfoldError
 from kronfold.jobs import stream as streaming
 from kronfold.jobs.compress import compress_to
 from kronfold.jobs.stream import compress_streaming
-from kronfold.models.load import load_model
-from kronfold.models.presets import preset_config
+from kronfold.models.load import load_model, preset_config
 from kronfold.models.weight_files import WeightFiles
 from kronfold.planner.budget import Budget
 

@@ -18,8 +18,7 @@ from kronfold.jobs.run import RunOptions, run
 from kronfold.models.cost import cost
 from kronfold.models.truncate import truncate
 from kronfold.options import read
-from kronfold.planner.plan import Plan
-from kronfold.planner.plan_diff import diff
+from kronfold.planner.plan import Plan, diff
 from kronfold.planner.planning import check_plan
 from kronfold.planner.recipe import Recipe
 from kronfold.report.page import render

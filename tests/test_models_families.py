@@ -27,13 +27,11 @@ from kronfold.base.errors import InputError, RecipeError
 from kronfold.distill.pairs import check_head
 from kronfold.models.cost import cost
 from kronfold.models.families import FAMILIES, empty_model, family_of
-from kronfold.models.linear_view import is_tied, sites
+from kronfold.models.linear_view import is_tied, recognised, sites
 from kronfold.models.load import load_config
 from kronfold.models.place import read_specs, replace_modules
-from kronfold.models.recognised import recognised
 from kronfold.options import read
-from kronfold.planner.patterns import match
-from kronfold.planner.recipe import Recipe
+from kronfold.planner.recipe import Recipe, match
 
 each_family = pytest.mark.parametrize("name", pico.FAMILY_CONFIGS)
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -13,10 +13,9 @@ import pico
 from kronfold.base.errors import RecipeError
 from kronfold.models.linear_view import sites
 from kronfold.options import read
-from kronfold.planner.patterns import match
 from kronfold.planner.plan import Plan
 from kronfold.planner.planning import check_plan
-from kronfold.planner.recipe import Recipe, load_recipe, shipped_recipes
+from kronfold.planner.recipe import Recipe, load_recipe, match, shipped_recipes
 
 # GPT-2 small holds 124,439,808. The tied and untied counts of the released recipe are derived in DESIGN fact 1;
 # attention adds 18 matrices of 768² that become 768·384 + 2 each.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pico
-from kronfold.train.activations import fused_gelu
+from kronfold.train.heal import fused_gelu
 
 
 def test_the_same_logits_and_gradients():

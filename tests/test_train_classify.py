@@ -9,7 +9,7 @@ import torch
 
 import pico
 from kronfold.base.errors import InputError
-from kronfold.data.sequences import collator
+from kronfold.data.glue import collator
 from kronfold.distill import ObjectiveConfig
 from kronfold.models.load import load_classifier
 from kronfold.options.finetune import FineTuneConfig

@@ -13,7 +13,7 @@ import torch
 from kronfold.base.errors import CheckpointError, DataError, InputError, OutputError
 from kronfold.distill import ObjectiveConfig
 from kronfold.train import HealConfig, heal
-from kronfold.train.order import ShuffledStream
+from kronfold.train.trainer import ShuffledStream
 from train_examples import VOCABULARY, Blocks, KillAfter, Stop, gpt2
 
 CE = ObjectiveConfig(kl=0, ce=1)

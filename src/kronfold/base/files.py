@@ -168,3 +168,11 @@ def sha256_of_content(
             entry = known[str(file)] = [*state, sha256_of(file)]
         found.append([name, entry[3]])
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+# Where kronfold keeps what it can make again: calibration statistics, token ids.
+
+
+def cache_directory() -> Path:
+    """`$KRONFOLD_CACHE`, else `~/.cache/kronfold`."""
+    return Path(os.environ.get("KRONFOLD_CACHE") or Path.home() / ".cache" / "kronfold")

@@ -58,7 +58,7 @@ def compare(
     from kronfold.base.output import check_output
 
     check_output(output, overwrite, allow_existing=resume)
-    from kronfold.base.cache import cache_directory
+    from kronfold.base.files import cache_directory
     from kronfold.evaluate.texts import named_texts
     from kronfold.jobs.compare import CompareOptions
     from kronfold.jobs.compare import compare as run_comparison

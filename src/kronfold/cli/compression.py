@@ -99,11 +99,11 @@ def plan(
         raise typer.BadParameter("give a MODEL, or two saved plans: --diff A B", param_hint="MODEL")
     from transformers import PretrainedConfig
 
-    from kronfold.base.cache import cache_directory
+    from kronfold.base.files import cache_directory
     from kronfold.base.output import Output
     from kronfold.jobs.compress import make_plan
+    from kronfold.models.linear_view import recognised
     from kronfold.models.load import load_config, load_model
-    from kronfold.models.recognised import recognised
     from kronfold.planner.planning import skeleton_of
     from kronfold.planner.training import training_of
     from kronfold.report.plans import plan_table, training_table
@@ -144,8 +144,7 @@ def plan(
 
 
 def _diff(paths: tuple[str, str], json: bool) -> None:
-    from kronfold.planner.plan import Plan
-    from kronfold.planner.plan_diff import diff
+    from kronfold.planner.plan import Plan, diff
     from kronfold.report.plans import diff_table
 
     document = diff(Plan.load(paths[0]), Plan.load(paths[1]))
@@ -199,7 +198,7 @@ def compress(
     json: t.Json = False,
 ) -> None:
     """Make a model smaller and save it, without healing: planned for a budget and fitted to text, unless told other."""
-    from kronfold.base.cache import cache_directory
+    from kronfold.base.files import cache_directory
     from kronfold.jobs.compress import compress_to
     from kronfold.jobs.stream import check_options, compress_streaming
 
@@ -333,7 +332,7 @@ def run(
     json: t.Json = False,
 ) -> None:
     """The whole job: compress in the recipe's stages, heal each, measure with controls, save, report."""
-    from kronfold.base.cache import cache_directory
+    from kronfold.base.files import cache_directory
     from kronfold.jobs.run import check_controls
 
     options: dict[str, Any] = {

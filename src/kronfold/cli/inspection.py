@@ -151,9 +151,9 @@ def inspect(
     from kronfold.base.marker import verified
     from kronfold.fit.fit import gathers_of
     from kronfold.models.cost import cost
+    from kronfold.models.linear_view import recognised
     from kronfold.models.load import load_config, load_model
     from kronfold.models.place import read_specs
-    from kronfold.models.recognised import recognised
     from kronfold.planner.planning import skeleton_of
     from kronfold.report.tables import gathers_line
 

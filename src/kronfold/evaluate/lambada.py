@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from kronfold.base.errors import CheckpointError, DataError, InputError
-from kronfold.data.bad_rows import Reading
+from kronfold.data.sources import Reading
 from kronfold.data.text_files import ending
-from kronfold.evaluate.forward import in_turn, split_head
+from kronfold.evaluate.perplexity import in_turn, split_head
 from kronfold.evaluate.texts import measured_documents, open_text
 
 _TOKENS_PER_BATCH = 4096  # chosen batch: about this many tokens per forward pass

@@ -14,8 +14,8 @@ from kronfold.base.files import explain_write_errors
 from kronfold.models.finite import check_finite
 from kronfold.models.load import faults_of
 from kronfold.models.place import read_specs
-from kronfold.models.safetensors_header import read_headers
 from kronfold.models.stored_names import guards, is_guard, names_in_model
+from kronfold.models.weight_files import read_headers
 from kronfold.structures.layer import structured_modules
 from kronfold.structures.permutations import is_permutation
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from kronfold.base.errors import InputError, RecipeError
 from kronfold.base.memory import give_back
-from kronfold.data.bad_rows import Reading
-from kronfold.data.calibration import draw_windows
+from kronfold.data.packing import draw_windows
+from kronfold.data.sources import Reading
 from kronfold.export.quantizer import attach
 from kronfold.fit.calibration import Calibration, calibrated
 from kronfold.fit.sequential import compress_sequentially

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from kronfold.base.errors import InputError
 from kronfold.export.quantizer import attach
 from kronfold.fit.fit import fit_row
-from kronfold.models.block_stream import BlockStream
 from kronfold.models.calibrate import check_windows
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import LinearView, sites
+from kronfold.models.parts import BlockStream
 from kronfold.models.place import fitted_layer, overwrite, place
 from kronfold.models.statistics import Statistics
 from kronfold.planner import planning

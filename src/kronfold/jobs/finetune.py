@@ -17,7 +17,7 @@ from kronfold.base.errors import DataError, InputError
 from kronfold.base.files import explain_write_errors
 from kronfold.base.job import Job
 from kronfold.data import glue
-from kronfold.data.sequences import collator, encode_examples, padding_token
+from kronfold.data.glue import collator, encode_examples, padding_token
 from kronfold.distill.objective import Objective
 from kronfold.evaluate.glue import answers, predict, score, spread
 from kronfold.export.checkpoint import write_model

@@ -20,7 +20,7 @@ from kronfold.export.published_tq import model_from_tq
 from kronfold.models.cost import cost
 from kronfold.models.load import load_config, load_tokenizer, read_dtype
 from kronfold.models.place import read_specs
-from kronfold.models.safetensors_header import read_header
+from kronfold.models.weight_files import read_header
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "*.safetensors", "*.pt", "*.bin", "*.pth")
 

@@ -38,7 +38,7 @@ from kronfold.export.checkpoint import write_model
 from kronfold.export.model_card import model_card
 from kronfold.options import Options, read
 from kronfold.train import checkpoints
-from kronfold.train.precision import bf16_is_fast
+from kronfold.train.heal import bf16_is_fast
 from kronfold.train.watch import WatchedTrainer
 
 Progress = Callable[[int, int, dict[str, float]], None]

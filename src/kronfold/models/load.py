@@ -1,7 +1,4 @@
-"""Open what the user calls MODEL: a hub id, a local directory, a .gguf file, or config:NAME.
-
-Local files are checked before they are read, so that a damaged checkpoint gives one clear sentence.
-"""
+"""Published sizes by name, for planning without any weights: `config:NAME`."""
 
 from __future__ import annotations
 
@@ -17,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GPT2Config,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -24,13 +22,31 @@ from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from kronfold.base.errors import CheckpointError, InputError
+from kronfold.base.registry import Registry
 from kronfold.models.families import empty_model
 from kronfold.models.finite import listed, not_finite
 from kronfold.models.place import build_skeleton
-from kronfold.models.presets import PRESETS, preset_config
-from kronfold.models.safetensors_header import read_headers
 from kronfold.models.stored_names import is_old_buffer, report_faults
-from kronfold.models.weight_files import WeightFiles
+from kronfold.models.weight_files import WeightFiles, read_headers
+
+# GPT-2: Radford et al. 2019, table 2. DistilGPT2: six of the twelve layers of GPT-2 small.
+PRESETS: Registry[dict[str, int]] = Registry("model size")
+PRESETS.register("gpt2", {"n_embd": 768, "n_layer": 12, "n_head": 12})
+PRESETS.register("gpt2-medium", {"n_embd": 1024, "n_layer": 24, "n_head": 16})
+PRESETS.register("gpt2-large", {"n_embd": 1280, "n_layer": 36, "n_head": 20})
+PRESETS.register("gpt2-xl", {"n_embd": 1600, "n_layer": 48, "n_head": 25})
+PRESETS.register("distilgpt2", {"n_embd": 768, "n_layer": 6, "n_head": 12})
+
+
+def preset_config(name: str) -> GPT2Config:
+    """The config of a published size. Raises InputError with the names there are."""
+    return GPT2Config(**PRESETS.get(name))
+
+
+# Open what the user calls MODEL: a hub id, a local directory, a .gguf file, or config:NAME.
+#
+# Local files are checked before they are read, so that a damaged checkpoint gives one clear sentence.
+
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _NO_WEIGHTS = "{} names a size, not weights; it can be planned, not run. Give a model directory or hub id."

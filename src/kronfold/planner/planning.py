@@ -15,9 +15,8 @@ from kronfold.models.families import empty_model
 from kronfold.models.linear_view import LinearView, sites
 from kronfold.models.place import build_skeleton, empty_layer, place, read_specs
 from kronfold.models.truncate import depth_of, kept_layers, truncate
-from kronfold.planner.patterns import match
 from kronfold.planner.plan import KeptLayers, Plan, PlanRow, PlanStage
-from kronfold.planner.recipe import CompressRecipe, Recipe, StageRecipe, load_recipe
+from kronfold.planner.recipe import CompressRecipe, Recipe, StageRecipe, load_recipe, match
 from kronfold.structures.registry import STRUCTURES, cannot_replace, structure_of
 
 

@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kronfold.base.cache import cache_directory
-from kronfold.base.files import explain_write_errors, write_json
+from kronfold.base.files import cache_directory, explain_write_errors, write_json
 from kronfold.base.output import Lock
 from kronfold.structures.permutations import permuted
 

@@ -1,8 +1,7 @@
 """Training: distillation on transformers.Trainer, healing, exact resume."""
 
 from kronfold.options.healing import HealConfig
-from kronfold.train.heal import HealResult, heal
-from kronfold.train.precision import bf16_is_fast
+from kronfold.train.heal import HealResult, bf16_is_fast, heal
 from kronfold.train.store_teacher import store_teacher
 from kronfold.train.trainer import DistillationTrainer
 

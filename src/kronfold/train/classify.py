@@ -16,11 +16,8 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 
 from kronfold.base.errors import InputError
 from kronfold.options.finetune import FineTuneConfig
-from kronfold.train.activations import fused_gelu
-from kronfold.train.heal import left_as_found, without_dropout
-from kronfold.train.order import ShuffledStream
-from kronfold.train.precision import bf16_is_fast
-from kronfold.train.trainer import DistillationTrainer
+from kronfold.train.heal import bf16_is_fast, fused_gelu, left_as_found, without_dropout
+from kronfold.train.trainer import DistillationTrainer, ShuffledStream
 
 Measure = Callable[[PreTrainedModel], tuple[float, dict[str, Any]]]
 _GROUP = 32  # batches that are sorted by length together

@@ -1,4 +1,4 @@
-"""heal(): continue training a compressed model towards the model it came from."""
+"""Which arithmetic pays on this machine."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
+from transformers.activations import NewGELUActivation
 from transformers.trainer_utils import SaveStrategy
 
 from kronfold.base import processes
@@ -25,10 +29,47 @@ from kronfold.models.calibrate import fingerprint
 from kronfold.options import read
 from kronfold.options.healing import HealConfig
 from kronfold.train import checkpoints, sharded, zero
-from kronfold.train.activations import fused_gelu
-from kronfold.train.order import ShuffledStream
-from kronfold.train.precision import bf16_is_fast
-from kronfold.train.trainer import DistillationTrainer, check_objective
+from kronfold.train.trainer import DistillationTrainer, ShuffledStream, check_objective
+
+
+def bf16_is_fast(device: torch.device | str) -> bool:
+    """Whether autocast to bfloat16 is native on `device`: CPUs with AMX or AVX512-BF16, CUDA from Ampere on.
+
+    Elsewhere bfloat16 is emulated and slower than float32.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind == "cpu":
+        names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # private, so asked for with care
+        return any(getattr(torch.cpu, name, bool)() for name in names)
+    return False
+
+
+# GPT-2's activation in one kernel while a model trains: transformers writes it out in eight passes over memory.
+
+
+@contextlib.contextmanager
+def fused_gelu(*models: nn.Module | None) -> Iterator[None]:
+    """Every `gelu_new` (the tanh approximation) of the models by torch's own kernel; the same function to rounding."""
+    found = [
+        module
+        for model in models
+        if model is not None
+        for module in model.modules()
+        if type(module) is NewGELUActivation and "forward" not in module.__dict__
+    ]
+    try:
+        for module in found:
+            module.forward = partial(F.gelu, approximate="tanh")
+        yield
+    finally:
+        for module in found:
+            module.__dict__.pop("forward", None)
+
+
+# heal(): continue training a compressed model towards the model it came from.
+
 
 Progress = Callable[[int, int, dict[str, float]], None]
 

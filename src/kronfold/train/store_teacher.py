@@ -22,8 +22,7 @@ from kronfold.distill.losses import top_k as likeliest
 from kronfold.distill.pairs import check_head, is_classifier, position_faults, vocabulary
 from kronfold.distill.stored import MANIFEST, Manifest, StoredTeacher, text_sha256
 from kronfold.models.calibrate import fingerprint
-from kronfold.train.activations import fused_gelu
-from kronfold.train.heal import inspect_blocks, left_as_found
+from kronfold.train.heal import fused_gelu, inspect_blocks, left_as_found
 from kronfold.train.watch import check_teacher_outputs
 
 _SHARD_BYTES = 1 << 26  # what a killed job has to do again, and what is held in memory: 254 blocks of 1024 at k = 64

@@ -1,9 +1,9 @@
-"""transformers.Trainer with a frozen teacher and an objective; everything else is the stock loop."""
+"""The order in which blocks are seen: one long seeded stream, so that a position is just a number."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -14,13 +14,70 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from kronfold.base.errors import InputError, OutputError
 from kronfold.distill import Moment, Objective, ObjectiveConfig, Signals, check_head, check_pair, is_classifier
+from kronfold.distill.attention import run_with_attention
 from kronfold.distill.losses import LOSSES, TopK
 from kronfold.distill.objective import Extra
 from kronfold.distill.pairs import Pair
 from kronfold.distill.stored import StoredTeacher
-from kronfold.train import companion, sharded, zero
-from kronfold.train.passes import observed
+from kronfold.train import checkpoints, sharded, zero
 from kronfold.train.watch import WatchedTrainer, sound
+
+
+class ShuffledStream(Dataset):
+    """Exactly `length` items: `data` shuffled, then shuffled anew, and so on, as one map-style dataset.
+
+    Read from first to last, every batch is full and item i depends on (seed, i) only, not on how items are
+    grouped into batches, micro-batches or processes. So a run resumes exactly, and any split of the global
+    batch sees the same data.
+
+    `start`: items of the stream that earlier stages have read; item 0 here is item `start` of the whole.
+    """
+
+    def __init__(self, data: Dataset, length: int, seed: int, start: int = 0) -> None:
+        self.data = data
+        self.length = length
+        self.seed = seed
+        self.start = start
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        size = len(self.data)  # type: ignore[arg-type]
+        epoch, position = divmod(self.start + index, size)
+        if epoch != self._epoch:
+            # One generator per epoch; an odd multiplier keeps (seed, epoch) pairs of neighbouring seeds
+            # apart.
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+            self._order = self._shuffled(epoch, size, generator)
+            self._epoch = epoch
+        return self.data[self._order[position]]
+
+    def _shuffled(self, epoch: int, size: int, generator: torch.Generator) -> list[int]:
+        """The order of one epoch (from 0)."""
+        return torch.randperm(size, generator=generator).tolist()
+
+
+# One forward pass of a student or teacher, with the signals that the method asked for and nothing more.
+
+
+def observed(
+    model: PreTrainedModel, call: Callable[..., Any], hidden: bool, layers: Collection[int]
+) -> tuple[Any, Signals]:
+    """(output, signals) of `call`, which runs `model` (perhaps inside a wrapper) and passes on keyword arguments."""
+
+    def run(**more: Any) -> Any:
+        return call(**more, **({"output_hidden_states": True} if hidden else {}))
+
+    out, attentions = run_with_attention(model, run, layers)
+    return out, Signals(tuple(out.hidden_states) if hidden else (), attentions)
+
+
+# transformers.Trainer with a frozen teacher and an objective; everything else is the stock loop.
 
 
 class DistillationTrainer(WatchedTrainer):
@@ -86,7 +143,7 @@ class DistillationTrainer(WatchedTrainer):
             self._adopt(teacher)
         self.objective.method.to(self.args.device)
         if self.objective.method.companions:
-            self.add_callback(companion.MethodGradients(self.objective.method, self.accelerator))
+            self.add_callback(checkpoints.MethodGradients(self.objective.method, self.accelerator))
         self._running: dict[str, Tensor] = {}
         self._running_steps: dict[str, set[int]] = {}
         self._kind: frozenset[str] = frozenset()
@@ -308,7 +365,7 @@ class DistillationTrainer(WatchedTrainer):
         else:
             sharded.save_state(self.optimizer, self.lr_scheduler, output_dir if self.args.should_save else None)
         if self.args.should_save:
-            companion.save(self.objective.method, output_dir)
+            checkpoints.save_method(self.objective.method, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.whole is None:
@@ -317,7 +374,7 @@ class DistillationTrainer(WatchedTrainer):
             sharded.load_state(self.optimizer, self.lr_scheduler, checkpoint)
             self.use_own_learning_rate()
         if checkpoint is not None:
-            companion.load(self.objective.method, checkpoint)
+            checkpoints.load_method(self.objective.method, checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds each named loss, as a mean over the steps since the last log, to training logs."""
