@@ -17,6 +17,7 @@ from kronfold.models.finite import not_finite
 from kronfold.train import heal
 from kronfold.train.classify import FineTuneConfig, fine_tune
 from kronfold.train.watch import LossWatch, check_teacher_outputs
+from test_processes import TESTS, launch
 from train_examples import Blocks, KillAfter, Stop, gpt2
 
 CE = ObjectiveConfig(kl=0, ce=1)
@@ -199,6 +200,16 @@ def test_the_watch_finds_the_first_step_and_keeps_losses_of_different_kinds_apar
     seen = watch.read()
     assert (seen.bad, seen.norm, seen.teacher, seen.high) == (5, math.inf, 6, 4)
     assert seen.loss == pytest.approx(3.2)
+
+
+def test_two_processes_stop_alike_and_go_on_alike(tmp_path):
+    """They look when they log and save, and one must not wait for another that has stopped."""
+    launch(TESTS / "divergence_jobs.py", tmp_path)
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    for name, words in (("diverged", "at step 3: the healing has diverged"), ("teacher", "h.0.ln_1.weight: 1 of 16")):
+        assert facts[name][0] == facts[name][1]
+        assert words in facts[name][0]
+    assert facts["resumed"] == [[1, 6], [1, 6]]
 
 
 @pytest.mark.parametrize("damage", ["nan", "overflow", "head"])
