@@ -1,5 +1,4 @@
-"""A planned recipe beside a run: the same size, tokens, seed; its checkpoint gives
-the numbers; a stopped one goes on."""
+"""A planned recipe beside a run: same size, tokens, seed; its checkpoint gives the numbers; a stopped one goes on."""
 
 from __future__ import annotations
 
