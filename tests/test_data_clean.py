@@ -12,7 +12,7 @@ import pytest
 
 import kronfold.data.clean as clean_room
 from kronfold.base.errors import CheckpointError, DataError, InputError, OutputError, RecipeError
-from kronfold.data import clean_stages
+from kronfold.data import clean_settings
 from kronfold.data.clean import clean
 from kronfold.data.clean_blocks import has_html, short_study_key
 from kronfold.data.shards import spool
@@ -123,7 +123,7 @@ def test_hashes_and_header_of_the_manifest(cleaned):
     for entry in manifest["output"]["files"]:
         assert hashlib.sha256((output / entry["name"]).read_bytes()).hexdigest() == entry["sha256"]
     assert manifest["seed"] == 0
-    assert manifest["settings"]["filters"] == list(clean_stages.DEFAULT_FILTERS)
+    assert manifest["settings"]["filters"] == list(clean_settings.DEFAULT_FILTERS)
     assert {"datatrove", "ftfy", "kronfold"} <= set(manifest["versions"])
     assert not list(output.parent.glob("*.partial"))
 
@@ -250,7 +250,7 @@ def test_language_filter_asks_its_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(FT176LID, "predict", predict)
     monkeypatch.setattr("datatrove.pipeline.base.check_required_dependencies", lambda *_: None)
-    monkeypatch.setattr(clean_stages, "find", lambda name: object())
+    monkeypatch.setattr(clean_settings, "find", lambda name: object())
     source = write(tmp_path / "in.jsonl", [CLEAN[0], "Auf der Straße", CLEAN[1]])
     english = clean(source, tmp_path / "en", filters=["language"])
     assert list(documents(tmp_path / "en")) == CLEAN[:2]
@@ -282,7 +282,7 @@ def test_language_filter_asks_its_model(tmp_path, monkeypatch):
 def test_bad_settings_stop_before_any_work(tmp_path, monkeypatch, changes, error, words):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.setattr(clean_stages, "find", lambda name: None if name == "fasttext" else object())
+    monkeypatch.setattr(clean_settings, "find", lambda name: None if name == "fasttext" else object())
     source = write(tmp_path / "in.jsonl", CLEAN)
     with pytest.raises(error, match=words):
         clean(source, tmp_path / "out", **changes)
@@ -290,7 +290,7 @@ def test_bad_settings_stop_before_any_work(tmp_path, monkeypatch, changes, error
 
 
 def test_missing_packages_name_the_pip_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(clean_stages, "find", lambda name: None)
+    monkeypatch.setattr(clean_settings, "find", lambda name: None)
     with pytest.raises(InputError, match=r"needs datatrove and ftfy. Install with: pip install 'kronfold\[data\]'"):
         clean(write(tmp_path / "in.jsonl", CLEAN), tmp_path / "out")
 

@@ -14,8 +14,9 @@ from pyarrow import parquet
 
 import pico
 from kronfold.base.errors import DataError, InputError
+from kronfold.data.bad_rows import Reading
 from kronfold.data.packing import draw_windows, pack
-from kronfold.data.sources import Reading, documents
+from kronfold.data.sources import documents
 from kronfold.data.tokenizer import train_tokenizer
 
 GOOD = [f"document {i}" for i in range(8)]

@@ -209,7 +209,7 @@ def budget(params: str | None, ratio: float | None, macs: str | None, bytes_: st
 
 def reading(text_column: str, max_bad_rows: str | None) -> Any:
     """How text sources are read. Raises InputError."""
-    from kronfold.data.sources import Reading
+    from kronfold.data.bad_rows import Reading
 
     return Reading(text_column, max_bad_rows)
 

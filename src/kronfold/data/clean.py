@@ -14,7 +14,8 @@ from kronfold.base import results
 from kronfold.base.errors import CheckpointError, DataError
 from kronfold.base.files import explain_write_errors
 from kronfold.base.job import Job
-from kronfold.data.clean_stages import DUPLICATES, FILTERS, CleanSettings, load_settings, make_stages
+from kronfold.data.clean_settings import DUPLICATES, FILTERS, CleanSettings, load_settings
+from kronfold.data.clean_stages import make_stages
 from kronfold.data.executors import check_executor, run_stages
 from kronfold.data.shards import described, spool
 from kronfold.data.sources import documents

@@ -17,7 +17,7 @@ from typing import Any
 from kronfold.base.errors import DataError, InputError, suggest
 from kronfold.base.files import write_json
 from kronfold.base.job import Job
-from kronfold.data.clean_stages import CleanSettings
+from kronfold.data.clean_settings import CleanSettings
 
 _CLASSES = {"local": "LocalPipelineExecutor", "slurm": "SlurmPipelineExecutor", "ray": "RayPipelineExecutor"}
 _OURS = {"self", "pipeline", "tasks", "workers", "logging_dir", "depends", "skip_completed"}

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kronfold.base.errors import DataError
+from kronfold.data.bad_rows import Reading
 from kronfold.data.encode import token_stream
-from kronfold.data.sources import Reading, documents, record_of
+from kronfold.data.sources import documents, record_of
 
 
 class TokenBlocks(Dataset[dict[str, torch.Tensor]]):

@@ -13,7 +13,7 @@ from kronfold.base import results
 from kronfold.base.errors import DataError, InputError, suggest
 from kronfold.base.files import explain_write_errors
 from kronfold.base.job import Job
-from kronfold.data.clean_stages import FORMATS
+from kronfold.data.clean_settings import FORMATS
 from kronfold.data.shards import ShardWriter, described
 from kronfold.data.sources import documents
 from kronfold.data.text_files import source_files

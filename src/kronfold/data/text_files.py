@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from kronfold.base.errors import DataError, suggest
-from kronfold.data.sources import BadRows
+from kronfold.data.bad_rows import BadRows
 
 ENDINGS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")

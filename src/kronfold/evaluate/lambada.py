@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kronfold.base.errors import CheckpointError, DataError, InputError
-from kronfold.data.sources import Reading
+from kronfold.data.bad_rows import Reading
 from kronfold.data.text_files import ending
 from kronfold.evaluate.perplexity import in_turn, split_head
 from kronfold.evaluate.texts import measured_documents, open_text

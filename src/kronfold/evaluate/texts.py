@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kronfold.base.errors import InputError
-from kronfold.data.sources import EVALUATION, Reading, Texts, documents, encoded
+from kronfold.data.bad_rows import Reading
+from kronfold.data.sources import EVALUATION, Texts, documents, encoded
 
 Rows = Literal["auto", "lines", "documents"]
 ROWS: tuple[Rows, ...] = ("auto", "lines", "documents")

@@ -18,11 +18,10 @@ from transformers import PreTrainedModel
 
 from kronfold.base.errors import InputError, RecipeError
 from kronfold.base.memory import give_back
+from kronfold.data.bad_rows import Reading
 from kronfold.data.packing import draw_windows
-from kronfold.data.sources import Reading
 from kronfold.export.quantizer import attach
 from kronfold.fit.calibration import Calibration, calibrated
-from kronfold.fit.sequential import compress_sequentially
 from kronfold.models.absorb import AbsorbReport, absorb, remaining_gathers
 from kronfold.models.families import family_of
 from kronfold.models.linear_view import LinearView, sites
@@ -217,6 +216,8 @@ def fit_rows(
     `adapt`: then refit the dense layers of the blocks likewise.
     Returns the rows with their errors.
     """
+    from kronfold.fit.sequential import compress_sequentially
+
     if calibration is None or not rows:
         return compress_stage(model, rows, seed=seed, progress=progress)
     if sequential:

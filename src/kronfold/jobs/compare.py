@@ -18,8 +18,9 @@ from kronfold.base import results
 from kronfold.base.errors import InputError, suggest
 from kronfold.base.files import write_json
 from kronfold.base.job import Job
+from kronfold.data.bad_rows import Reading
 from kronfold.data.packing import TokenBlocks, pack
-from kronfold.data.sources import Reading, documents
+from kronfold.data.sources import documents
 from kronfold.evaluate.lambada import lambada, passages
 from kronfold.evaluate.perplexity import PROTOCOLS, PerplexityResult, perplexity
 from kronfold.evaluate.samples import generation_speed

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from kronfold.base import results
 from kronfold.base.job import Job
-from kronfold.data.sources import Reading
+from kronfold.data.bad_rows import Reading
 from kronfold.export.checkpoint import write_model
 from kronfold.export.dense import to_dense
 from kronfold.export.quantizer import attach

@@ -8,7 +8,7 @@ from typing import Any
 
 from kronfold.base import processes, results
 from kronfold.base.errors import DataError, InputError, suggest
-from kronfold.data.sources import Reading
+from kronfold.data.bad_rows import Reading
 from kronfold.evaluate.harness import harness
 from kronfold.evaluate.lambada import lambada, passages
 from kronfold.evaluate.perplexity import PROTOCOLS, perplexity

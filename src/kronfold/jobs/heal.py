@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from kronfold.base import processes, results
 from kronfold.base.job import Job
+from kronfold.data.bad_rows import Reading
 from kronfold.data.packing import TokenBlocks, pack
-from kronfold.data.sources import Reading, documents
+from kronfold.data.sources import documents
 from kronfold.distill.objective import Objective
 from kronfold.distill.stored import StoredTeacher
 from kronfold.evaluate.perplexity import perplexity

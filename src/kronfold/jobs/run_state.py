@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from kronfold.base import processes
 from kronfold.base.job import Job
+from kronfold.data.bad_rows import Reading
 from kronfold.data.packing import TokenBlocks
-from kronfold.data.sources import Reading
 from kronfold.evaluate.perplexity import perplexity
 from kronfold.evaluate.samples import sample
 from kronfold.evaluate.texts import open_text

@@ -9,8 +9,9 @@ from typing import Any
 
 from kronfold.base import results
 from kronfold.base.output import check_output
+from kronfold.data.bad_rows import Reading
 from kronfold.data.packing import pack
-from kronfold.data.sources import Reading, documents
+from kronfold.data.sources import documents
 from kronfold.models.load import load_model, load_tokenizer
 from kronfold.train.heal import bf16_is_fast
 from kronfold.train.store_teacher import store_teacher
