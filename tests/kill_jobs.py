@@ -222,16 +222,16 @@ def serve(place: Path) -> None:
         asked = json.loads(line)
         read, write = os.pipe()
         if (pid := os.fork()) == 0:
-            os.close(read)
-            answer = child(place, asked)
-            os.write(write, json.dumps(answer).encode())
+            answer = json.dumps(child(place, asked)).encode()
+            os.write(write, answer[: 1 << 15])  # within what a pipe holds
             os._exit(0)
-        os.close(write)
-        with os.fdopen(read) as pipe:
-            said = pipe.read()
         os.waitpid(pid, 0)
-        talk.write((said or json.dumps({"killed": True})) + "\n")
+        os.write(write, b"\n")
+        talk.write(os.read(read, 1 << 16).decode().strip() or json.dumps({"killed": True}))
+        talk.write("\n")
         talk.flush()
+        os.close(read)  # not read to its end: helper processes of a killed job may hold the other one for ever
+        os.close(write)
 
 
 if __name__ == "__main__":

@@ -469,6 +469,23 @@ def test_what_cannot_be_handed_over_at_the_end_is_kept(tmp_path, monkeypatch):
             do(place, resumable=resumable)
 
 
+def test_a_helper_process_holds_no_lock(tmp_path):
+    """One that was forked and outlives its killed parent would keep the job from being resumed."""
+    with Job.open(tmp_path / "out", "test") as job:
+        job.begin()
+        read, write = os.pipe()
+        if (pid := os.fork()) == 0:
+            os.read(read, 1)
+            os._exit(0)
+        job.step("first", lambda: 1)
+        job._lock.release()  # as the system does for a killed process
+    with Job.open(tmp_path / "out", "test", resume=True) as job:
+        job.begin()
+        job.finish({})
+    os.write(write, b".")
+    os.waitpid(pid, 0)
+
+
 # --- growing ----------------------------------------------------------------------------------------------------------
 
 

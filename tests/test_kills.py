@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load
 
 from kronfold.base.marker import MARKER, verified
 
 RESUMABLE = {"stream", "heal", "run", "compare", "finetune", "pretrain", "teach", "clean"}
 CHEAP = ("compress", "stream", "teach", "sample", "stdlib", "export", "import-tq")
 COSTLY = ("heal", "run", "compare", "finetune", "pretrain", "clean")
-CONTENT = (".safetensors", ".npy", ".gz", ".jsonl", "tokenizer.json")
+CONTENT = (".npy", ".gz", ".jsonl", "tokenizer.json")
 KILLS = {**dict.fromkeys(CHEAP, 5), **dict.fromkeys(COSTLY, 4)}  # of each job: 59
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "KRONFOLD_RATES": "builtin", "KRONFOLD_TOKEN_CACHE_GB": "0"}
 FAST = 2  # of them without the marker "slow"
@@ -88,10 +90,31 @@ def server(tmp_path_factory):
     started.close()
 
 
-def content(place: Path) -> dict[str, str]:
-    """Hashes of everything that holds weights, tokens or text."""
-    files = [path for path in sorted(place.rglob("*")) if path.is_file() and path.name.endswith(CONTENT)]
-    return {str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def content(place: Path) -> dict[str, Any]:
+    """Everything that holds weights, tokens or text: tensors by name, hashes of other files."""
+    found: dict[str, Any] = {}
+    for path in sorted(place.rglob("*")):
+        name = str(path.relative_to(place))
+        if path.name.endswith(".safetensors"):
+            found |= {f"{name} {key}": value for key, value in load(path.read_bytes()).items()}
+        elif path.is_file() and path.name.endswith(CONTENT):
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def same(job: str, one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Equal bit for bit; a decomposition that is worked out again, in another process, may round its last bit otherwise
+    (LAPACK, by where its memory lies), which healing then carries on."""
+    if set(one) != set(other):
+        return False
+    tolerance = 1e-4 if job in ("compress", "stream", "run", "compare") else 0.0
+    return all(
+        torch.allclose(value.float(), other[name].float(), rtol=tolerance, atol=tolerance)
+        and value.dtype == other[name].dtype
+        if isinstance(value, torch.Tensor)
+        else value == other[name]
+        for name, value in one.items()
+    )
 
 
 def leftovers(run: Path) -> list[str]:
@@ -123,7 +146,7 @@ def test_killed_anywhere_and_gone_on(server, job, share, over_old):
     answer = server.ask(job, run, "kill", 1 + int(share * (events - 1)), overwrite=over_old)
     assert answer == {"killed": True}
     if over_old or (run / "out").exists():  # nothing, the old one, or the new one, and that whole
-        assert content(run / "out") in (old, expected)
+        assert any(same(job, content(run / "out"), one) for one in (old, expected) if one is not None)
         assert verified(run / "out")["unlisted"] == []
     answer = server.ask(job, run, resume=job in RESUMABLE, overwrite=over_old)
     if "error" in answer and job in RESUMABLE:  # so early that nothing was begun, or so late that all was done
@@ -131,7 +154,7 @@ def test_killed_anywhere_and_gone_on(server, job, share, over_old):
         answer = server.ask(job, run, overwrite=over_old)
     if "error" in answer:
         assert "exists already" in answer["said"], answer
-    assert content(run / "out") == expected
+    assert same(job, content(run / "out"), expected)
     if "error" not in answer:
         assert leftovers(run) == []
 
@@ -149,10 +172,10 @@ def test_a_full_disk_anywhere(server, job):
         if "error" in answer:
             assert answer["error"] == "OutputError", answer
             assert "No space left" in answer["said"] or str(run) in answer["said"], answer
-            assert content(run / "out") in (before, expected)
+            assert same(job, content(run / "out"), before) or same(job, content(run / "out"), expected)
             answer = server.ask(job, run, overwrite=True)
             assert "error" not in answer, answer
-        assert content(run / "out") == expected
+        assert same(job, content(run / "out"), expected)
 
 
 @pytest.mark.parametrize(("how", "code"), [("interrupt", 130), ("stop", 143)])
@@ -170,7 +193,7 @@ def test_interrupted_commands_say_how_to_go_on(server, how, code, as_json):
     assert last.endswith(f"is kept in {run / 'out.partial'}; go on with: {again}{' --json' * as_json} --resume")
     answer = server.ask("stream", run, command=[*command, "--resume"])
     assert answer["code"] in (0, None), answer
-    assert content(run / "out") == expected
+    assert same("stream", content(run / "out"), expected)
     run = server.run_directory()
     command = ["compress", str(place / "model"), "-r", "svd", "--dtype", "float32", "-o", str(run / "out")]
     answer = server.ask("compress", run, how, 4, command=command)

@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -349,6 +350,18 @@ def exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(one))
 
 
+_held: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _forget_locks() -> None:
+    """In a child: a helper process that outlives a killed job must not hold its lock."""
+    for lock in _held:
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
 class Lock:
     """A file that one process holds at a time; the system lets go of it when that process ends, however it ends.
 
@@ -358,7 +371,7 @@ class Lock:
     def __init__(self, path: Path, wait: bool = False) -> None:
         import fcntl
 
-        self.path = path
+        self.path, self._handle = path, -1
         while True:
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
@@ -373,6 +386,7 @@ class Lock:
                 ) from error
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(path), os.fstat(self._handle)):
+                    _held.add(self)
                     return
             os.close(self._handle)  # it was removed by the one that held it before: take the new one
 
