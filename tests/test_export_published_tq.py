@@ -110,7 +110,7 @@ def test_it_holds_what_the_recipe_of_the_same_shapes_plans():
     assert cost(model).held_parameters == made.held_parameters
     planned = {row.name: row.spec for row in made.rows if row.name != "transformer.wte"}
     found = {name: spec for name, spec in read_specs(model).items() if name != "transformer.wte"}
-    assert {name: (spec["a"], spec["b"], spec["rank"]) for name, spec in planned.items()} == {
+    assert {name: ([*spec.a], [*spec.b], spec.rank) for name, spec in planned.items()} == {
         name: (spec["a"], spec["b"], spec["rank"]) for name, spec in found.items()
     }
 
