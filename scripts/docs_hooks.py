@@ -50,7 +50,7 @@ def _commands(_: str | None) -> str:
         for parameter in command.params:
             if parameter.name == "help" or getattr(parameter, "hidden", False):
                 continue
-            words = parameter.make_metavar(command.make_context(name, [], resilient_parsing=True))
+            words = parameter.metavar or parameter.name.upper()
             spelling = ", ".join(f"`{o}`" for o in (*parameter.opts, *parameter.secondary_opts))
             if parameter.param_type_name == "argument":
                 spelling = f"`{words}`"
