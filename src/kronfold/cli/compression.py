@@ -101,7 +101,7 @@ def plan(
 
     from kronfold.base.cache import cache_directory
     from kronfold.base.output import Output
-    from kronfold.jobs.compress import make_plan
+    from kronfold.jobs.compress import planned
     from kronfold.models.load import load_config, load_model
     from kronfold.models.recognised import recognised
     from kronfold.planner.planning import skeleton_of
@@ -115,15 +115,15 @@ def plan(
     budget = t.budget(target_params, target_ratio, target_macs, target_bytes)
     changes = t.planner_changes(calibration_windows, structures)
     recipe = recipe or ("auto" if budget or calibration or changes else "tqcompressor")
-    planned = recipe == "auto"
+    automatic = recipe == "auto"
     with t.progress_bar() as report:
-        weights = (errors or planned) and not source.startswith("config:")
+        weights = (errors or automatic) and not source.startswith("config:")
         subject = load_model(source) if weights else load_config(source)
-        made = make_plan(
-            subject, recipe, t.calibration_or_own(calibration) if planned else [], budget, source=source,
+        made = planned(
+            subject, recipe, t.calibration_or_own(calibration) if automatic else [], budget, source=source,
             changes=changes, reading=t.reading(text_column, max_bad_rows), errors=errors, seed=seed,
             cache=cache_directory() if cache else None,
-            progress=_decomposing(report),
+            progress=report,
         )  # fmt: skip
     document = made.to_dict()
     tables: list[Any] = [plan_table(document)]
@@ -211,7 +211,7 @@ def compress(
         with t.progress_bar() as report:
             document = compress_streaming(
                 t.resolve_model(model), output, recipe, plan, calibration or [], budget, seed=seed, dtype=dtype,
-                resume=resume, overwrite=overwrite, progress=_decomposing(report),
+                resume=resume, overwrite=overwrite, progress=report,
             )  # fmt: skip
         t.emit(document, json, _saved(document, output))
         return
@@ -222,7 +222,7 @@ def compress(
             t.resolve_model(model), output, recipe, plan, texts, budget, changes=changes,
             reading=t.reading(text_column, max_bad_rows),
             cache=cache_directory() if cache else None, seed=seed, dtype=dtype, overwrite=overwrite,
-            progress=_decomposing(report),
+            progress=report,
         )  # fmt: skip
     t.emit(document, json, _saved(document, output))
 
@@ -393,14 +393,6 @@ def _run(
     beside = document.get("beside")
     also = f", {beside['recipe']['name']}'s checkpoint in {output}/{beside['checkpoint']}/" if beside else ""
     t.say(f"Checkpoint, results.json and report.html are in {output}/{also}")
-
-
-def _decomposing(report: Any) -> Any:
-    def show(name: str, done: int, total: int) -> None:
-        own = name.startswith(("calibrate", "sensitivity", "fit"))
-        report(name if own else f"decompose {name}".strip(), done, total)
-
-    return show
 
 
 def _saved(document: dict[str, Any], output: str) -> str:
