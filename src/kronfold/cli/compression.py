@@ -28,7 +28,7 @@ dense model on those tokens, and the recipe without permutations, show what is t
 
 def demo(
     output: Annotated[str, typer.Option("--output", "-o", help="Where the results go.")] = "kronfold-demo",
-    heal_tokens: Annotated[int, typer.Option(help="Healing budget of each track, in tokens.")] = 196_608,
+    heal_tokens: Annotated[int, typer.Option(help="Healing budget of each track, in tokens.")] = 200_000,
     seed: t.Seed = 0,
     device: t.Device = "auto",
     overwrite: t.Overwrite = False,
@@ -48,7 +48,6 @@ def demo(
         "heal_tokens": heal_tokens,
         "prompt": assets.PROMPT,
         "beside": "auto",
-        "beside_rate": 1e-4,  # auto starts 3 % from the teacher: the 5e-4 that mends the other recipe harms it
         "seed": seed,
     }
     _run(options, output, device=device, dtype=None, overwrite=overwrite, resume=resume, json=json)
@@ -102,7 +101,7 @@ def plan(
 
     from kronfold.base.files import cache_directory
     from kronfold.base.output import Output
-    from kronfold.jobs.compress import make_plan
+    from kronfold.jobs.compress import planned
     from kronfold.models.linear_view import recognised
     from kronfold.models.load import load_config, load_model
     from kronfold.planner.planning import skeleton_of
@@ -116,15 +115,15 @@ def plan(
     budget = t.budget(target_params, target_ratio, target_macs, target_bytes)
     changes = t.planner_changes(calibration_windows, structures)
     recipe = recipe or ("auto" if budget or calibration or changes else "tqcompressor")
-    planned = recipe == "auto"
+    automatic = recipe == "auto"
     with t.progress_bar() as report:
-        weights = (errors or planned) and not source.startswith("config:")
+        weights = (errors or automatic) and not source.startswith("config:")
         subject = load_model(source) if weights else load_config(source)
-        made = make_plan(
-            subject, recipe, t.calibration_or_own(calibration) if planned else [], budget, source=source,
+        made = planned(
+            subject, recipe, t.calibration_or_own(calibration) if automatic else [], budget, source=source,
             changes=changes, reading=t.reading(text_column, max_bad_rows), errors=errors, seed=seed,
             cache=cache_directory() if cache else None,
-            progress=_decomposing(report),
+            progress=report,
         )  # fmt: skip
     document = made.to_dict()
     tables: list[Any] = [plan_table(document)]
@@ -211,7 +210,7 @@ def compress(
         with t.progress_bar() as report:
             document = compress_streaming(
                 t.resolve_model(model), output, recipe, plan, calibration or [], budget, seed=seed, dtype=dtype,
-                resume=resume, overwrite=overwrite, progress=_decomposing(report),
+                resume=resume, overwrite=overwrite, progress=report,
             )  # fmt: skip
         t.emit(document, json, _saved(document, output))
         return
@@ -222,7 +221,7 @@ def compress(
             t.resolve_model(model), output, recipe, plan, texts, budget, changes=changes,
             reading=t.reading(text_column, max_bad_rows),
             cache=cache_directory() if cache else None, seed=seed, dtype=dtype, overwrite=overwrite,
-            progress=_decomposing(report),
+            progress=report,
         )  # fmt: skip
     t.emit(document, json, _saved(document, output))
 
@@ -393,14 +392,6 @@ def _run(
     beside = document.get("beside")
     also = f", {beside['recipe']['name']}'s checkpoint in {output}/{beside['checkpoint']}/" if beside else ""
     t.say(f"Checkpoint, results.json and report.html are in {output}/{also}")
-
-
-def _decomposing(report: Any) -> Any:
-    def show(name: str, done: int, total: int) -> None:
-        own = name.startswith(("calibrate", "sensitivity", "fit"))
-        report(name if own else f"decompose {name}".strip(), done, total)
-
-    return show
 
 
 def _saved(document: dict[str, Any], output: str) -> str:

@@ -23,7 +23,7 @@ def export(
     json: t.Json = False,
 ) -> None:
     """Fold all structures into plain weights, for runtimes that know no factors; the size is the dense one again."""
-    from kronfold.jobs.compress import export_dense
+    from kronfold.jobs.export import export_dense
 
     t.prepare()
     document = export_dense(t.resolve_model(model), output, dtype=dtype, overwrite=overwrite)
