@@ -31,7 +31,8 @@ from kronfold.data.clean import clean
 from kronfold.data.sample import sample
 from kronfold.data.stdlib import extract_stdlib
 from kronfold.jobs.compare import CompareOptions, compare
-from kronfold.jobs.compress import compress_to, export_dense
+from kronfold.jobs.compress import compress_to
+from kronfold.jobs.export import export_dense
 from kronfold.jobs.finetune import FineTuneOptions, finetune
 from kronfold.jobs.heal import heal_to
 from kronfold.jobs.import_tq import import_tq

@@ -19,7 +19,8 @@ from kronfold.base.errors import CheckpointError, DataError, DivergedError, Inpu
 from kronfold.base.files import write_json
 from kronfold.export.checkpoint import write_model
 from kronfold.jobs.compare import CompareOptions, compare
-from kronfold.jobs.compress import compress_to, export_dense
+from kronfold.jobs.compress import compress_to
+from kronfold.jobs.export import export_dense
 from kronfold.jobs.finetune import FineTuneOptions, finetune
 from kronfold.jobs.heal import heal_to
 from kronfold.jobs.import_tq import import_tq

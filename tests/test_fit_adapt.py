@@ -35,7 +35,7 @@ def statistics(teacher, windows):
 @pytest.fixture(scope="module")
 def halved(teacher, windows, statistics):
     """The teacher with its embedding halved twice."""
-    student, plan = copy.deepcopy(teacher), planning.plan(teacher, "tqcompressor")
+    student, plan = copy.deepcopy(teacher), planning.plan_of_shapes(teacher, "tqcompressor")
     for stage in (plan.stages[0], plan.stages[2]):
         compress_sequentially(student, stage.rows, statistics, windows[:1])
     return student
@@ -47,7 +47,7 @@ def hidden(model, windows):
 
 
 def test_every_stage_of_a_kronecker_recipe(teacher, windows, statistics):
-    student, plan = copy.deepcopy(teacher), planning.plan(teacher, "tqcompressor")
+    student, plan = copy.deepcopy(teacher), planning.plan_of_shapes(teacher, "tqcompressor")
     for stage in plan.stages:
         rows = compress_sequentially(student, stage.rows, statistics, windows, reference=teacher)
         assert [row.name for row in rows] == [row.name for row in stage.rows]
@@ -103,7 +103,7 @@ def test_a_part_of_a_fused_layer_is_overwritten_alone(teacher):
 
 
 def test_blocks_of_several_rows_take_no_full_output_moment(teacher, statistics):
-    plan, views = planning.plan(teacher, "tqcompressor"), sites(teacher)
+    plan, views = planning.plan_of_shapes(teacher, "tqcompressor"), sites(teacher)
     ffn, embedding = plan.stages[1].rows[0], plan.stages[0].rows[0]
     wanted = [
         structure_of(row.spec).weighting(row.spec, statistics.weighting(views[row.name])) for row in (ffn, embedding)
@@ -115,7 +115,7 @@ def test_blocks_of_several_rows_take_no_full_output_moment(teacher, statistics):
 def test_the_option_of_the_recipe_is_the_argument_of_the_solver(teacher, windows, statistics):
     """`adapt` in a recipe's auto entry: the same model as the solver called with it, another one than without."""
     plain = load_recipe("tqcompressor").without_permutations()
-    rows = [row for row in planning.plan(teacher, plain).rows if "mlp" in row.name]
+    rows = [row for row in planning.plan_of_shapes(teacher, plain).rows if "mlp" in row.name]
     calibration = Calibration(windows, statistics)
     made = {}
     for adapt in (False, True):

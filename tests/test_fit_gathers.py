@@ -16,8 +16,7 @@ from absorb_models import (
     double,
     run,
 )
-from kronfold.fit.compress import compress_stage
-from kronfold.fit.fit import absorb_gathers, gathers_of
+from kronfold.fit.fit import absorb_gathers, fit_rows, gathers_of
 from kronfold.models import absorb as ab
 from kronfold.models.cost import cost
 from kronfold.models.linear_view import sites
@@ -54,7 +53,7 @@ def test_the_pipeline_keeps_logits_and_the_plan_foretells_what_is_held(name, mix
     model = double(name)
     made = kf.plan(model, recipe_of(mix), errors=False)
     student = copy.deepcopy(model)
-    compress_stage(student, made.stages[0].rows)
+    fit_rows(student, made.stages[0].rows)
     expected, hidden = run(student)
     found = absorb_gathers(student)
     assert_equal_logits(student, expected)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, OPTConfig
 
 import pico
 from kronfold.base.errors import DataError, InputError, RecipeError
-from kronfold.fit.fit import fit_row
+from kronfold.fit.rows import fit_row
 from kronfold.fit.sequential import compress_sequentially
 from kronfold.models.block_stream import BlockStream
 from kronfold.models.calibrate import calibrate

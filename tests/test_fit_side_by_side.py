@@ -11,7 +11,7 @@ import torch
 import kronfold as kf
 import pico
 from kronfold.base.errors import InputError
-from kronfold.fit.fit import AT_ONCE, LARGE, side_by_side
+from kronfold.fit.rows import AT_ONCE, LARGE, side_by_side
 
 
 @pytest.fixture
@@ -130,6 +130,6 @@ def test_a_weight_that_cannot_be_fitted_is_named_and_the_model_stays(four_thread
 
 def test_freed_memory_is_given_back_after_every_work(monkeypatch, four_threads):
     given = []
-    monkeypatch.setattr("kronfold.fit.fit.give_back", lambda: given.append(threading.get_ident()))
+    monkeypatch.setattr("kronfold.fit.rows.give_back", lambda: given.append(threading.get_ident()))
     assert list(side_by_side([lambda: 1] * 3 + [lambda: 2], [10, 10, 10, LARGE + 1])) == [1, 1, 1, 2]
     assert len(given) == 4

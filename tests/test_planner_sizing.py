@@ -54,7 +54,7 @@ def test_nothing_that_would_still_fit_is_left(model, share):
 def test_a_plan_of_few_sizes_against_every_choice(model):
     """Rank-one halves come in one size: what is left to choose is which stay dense. Brute force knows the best sum."""
     whole = sum(p.numel() for p in model.parameters())
-    written = planning.plan(model, HALVES)
+    written = planning.plan_of_shapes(model, HALVES)
     gains = [row.teacher_parameters - row.held_parameters for row in written.rows]
     for share in (0.85, 0.88, 0.91, 0.94, 0.97):
         totals = [whole - sum(g for g, on in zip(gains, choice, strict=True) if on)

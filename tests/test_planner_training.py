@@ -89,7 +89,7 @@ def test_activations_are_what_autograd_keeps(precision):
 
 
 def test_of_a_plan():
-    plan = planning.plan(pico.config(), "tqcompressor")
+    plan = planning.plan_of_shapes(pico.config(), "tqcompressor")
     found = training_of(plan, pico.config(), tokens=6400, batch=4, processes=2)
     assert found["memory"]["weights"] == 4 * plan.held_parameters
     assert found["memory"]["teacher"] == 4 * plan.teacher.held_parameters + 2 * 101 * 32

@@ -33,6 +33,7 @@ class State:
 
 
 Show = Callable[[State], object]
+Report = Callable[[str, int, int], None]  # (what is being done, done, total); every Progress is one
 _WITH_ITEMS = ("decompose", "sensitivity", "fit")  # steps whose words end with what they are at
 
 
@@ -53,10 +54,13 @@ class Progress:
         self._anchor: tuple[float, int, int | None] | None = None  # time, done, tokens of the first update
 
     @classmethod
-    def of(cls, report: Any) -> Progress:
-        """`report` if it is one; else one that calls `report(what, done, total)`, the loss in brackets in the words."""
+    def of(cls, report: Report | None) -> Progress:
+        """`report` if it is one; else one that calls `report(what, done, total)`, the loss in brackets in the words.
+        None tells nobody."""
         if isinstance(report, Progress):
             return report
+        if report is None:
+            return cls()
 
         def show(state: State) -> None:
             told = f" (loss {state.facts['loss']:.3f})" if "loss" in state.facts else ""

@@ -62,7 +62,7 @@ def plan(options: PlanOptions, json: bool) -> None:
 
     from kronfold.base.cache import cache_directory
     from kronfold.base.output import Output
-    from kronfold.jobs.compress import make_plan
+    from kronfold.jobs.compress import planned
     from kronfold.models.load import load_config, load_model
     from kronfold.models.recognised import recognised
     from kronfold.planner.planning import skeleton_of
@@ -74,14 +74,14 @@ def plan(options: PlanOptions, json: bool) -> None:
     target = Output(options.output, overwrite=options.overwrite, inputs=reads, is_file=True) if options.output else None
     source, budget, changes = t.resolve_model(options.model), t.budget(options), options.changes()
     recipe = options.recipe or ("auto" if budget or options.calibration or changes else "tqcompressor")
-    planned = recipe == "auto"
+    automatic = recipe == "auto"
     with t.progress_bar() as report:
-        weights = (options.errors or planned) and not source.startswith("config:")
+        weights = (options.errors or automatic) and not source.startswith("config:")
         subject = load_model(source) if weights else load_config(source)
-        made = make_plan(
-            subject, recipe, t.calibration_or_own(options.calibration) if planned else [], budget, source=source,
+        made = planned(
+            subject, recipe, t.calibration_or_own(options.calibration) if automatic else [], budget, source=source,
             changes=changes, reading=t.reading(options), errors=options.errors, seed=options.seed,
-            cache=cache_directory() if options.cache else None, progress=_decomposing(report),
+            cache=cache_directory() if options.cache else None, progress=report,
         )  # fmt: skip
     document = made.to_dict()
     tables: list[Any] = [plan_table(document)]
@@ -124,7 +124,7 @@ def compress(options: CompressOptions, json: bool) -> None:
     if not options.stream and options.recipe == "auto" and options.plan is None:
         texts = t.calibration_or_own(texts)
     with t.progress_bar() as report:
-        shared["progress"] = _decomposing(report)
+        shared["progress"] = report
         if options.stream:
             document = compress_streaming(
                 source, options.output, options.recipe, options.plan, texts, budget, resume=options.resume, **shared
@@ -235,14 +235,6 @@ def compare(options: CompareOptions, json: bool) -> None:
         )  # fmt: skip
     t.emit(document, json, comparison_table(document))
     t.say(f"results.json, table.md, report.html and a checkpoint per row are in {options.output}/")
-
-
-def _decomposing(report: Any) -> Any:
-    def show(name: str, done: int, total: int) -> None:
-        own = name.startswith(("calibrate", "sensitivity", "fit"))
-        report(name if own else f"decompose {name}".strip(), done, total)
-
-    return show
 
 
 def _saved(document: dict[str, Any], output: str) -> str:

@@ -180,7 +180,7 @@ def validate(options: ValidateOptions, json: bool) -> None:
         if options.recipe.endswith(".json"):
             document["held_parameters"] = planning.check_plan(made, config).held_parameters
         else:
-            document["held_parameters"] = planning.plan(config, loaded).held_parameters
+            document["held_parameters"] = planning.plan_of_shapes(config, loaded).held_parameters
         fits = f" and fits {options.model}"
     t.emit(document, json, f"{document['recipe']}: valid{fits}, stages {', '.join(document['stages'])}")
 

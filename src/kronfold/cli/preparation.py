@@ -50,7 +50,7 @@ def finetune(options: FineTuneOptions, json: bool) -> None:
 
 def export(options: ExportOptions, json: bool) -> None:
     """Fold all structures into plain weights, for runtimes that know no factors; the size is the dense one again."""
-    from kronfold.jobs.compress import export_dense
+    from kronfold.jobs.export import export_dense
 
     t.prepare()
     document = export_dense(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ from transformers import PreTrainedModel
 
 from kronfold.base.errors import CheckpointError, OutputError
 from kronfold.base.marker import read_marker
+from kronfold.base.progress import Report
 from kronfold.models.calibrate import calibrate, fingerprint, tokens_fingerprint
 from kronfold.models.statistics import FORMAT_VERSION, Statistics
 from kronfold.planner.sensitivity import FORMAT_VERSION as CURVES_FORMAT
 from kronfold.planner.sensitivity import SiteCurve, load_curves, save_curves, sensitivity
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Calibration:
     read: tuple[dict[str, Any], ...] = ()
 
     def curves(
-        self, model: PreTrainedModel, structures: Sequence[str], progress: Progress | None = None
+        self, model: PreTrainedModel, structures: Sequence[str], progress: Report | None = None
     ) -> list[SiteCurve]:
         """Sensitivity curves of `model`, from the cache where they stand there."""
         if self.place is None:
@@ -78,7 +77,7 @@ def calibrated(
     all_windows: bool = False,
     seed: int = 0,
     cache: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> Calibration:
     """Statistics of `model` on `windows`, taken anew or found in `cache` under model, text, counts and seed.
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kronfold.base.errors import InputError, RecipeError
+from kronfold.base.progress import Report
 from kronfold.distill.objective import Objective
 from kronfold.fit.calibration import Calibration
-from kronfold.fit.fit import Progress, absorb_gathers, calibrate_on, compress_stage, fit_rows, keep_layers, plan_auto
+from kronfold.fit.fit import calibrate_on, fit, keep_layers, plan_auto, settings_of
 from kronfold.models.calibrate import fingerprint
 from kronfold.models.load import load_tokenizer
 from kronfold.planner import planning
@@ -34,7 +34,7 @@ def plan(
     errors: bool = True,
     seed: int = 0,
     cache: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> Plan:
     """What a recipe does to a model: sites, specs, exact counts. Nothing is changed.
 
@@ -52,25 +52,18 @@ def plan(
     recipe = load_recipe(recipe)
     check_objectives(recipe)
     has_weights = isinstance(model_or_config, PreTrainedModel) and model_or_config.device.type != "meta"
-    if recipe.auto is not None:
-        if not has_weights:
-            raise InputError(
-                f"Recipe {recipe.name!r} plans from weights and text, and this is only a config. Give a model with "
-                "weights, or a recipe of fixed shapes such as tqcompressor."
-            )
-        found = _calibration(model_or_config, calibration, recipe.auto, tokenizer, seed, cache, progress)
-        return plan_auto(model_or_config, found, recipe, budget, progress=progress)
-    if budget is not None:
-        raise RecipeError(
-            f"Recipe {recipe.name!r} has fixed shapes, so it cannot be given a budget. Use --recipe auto, or a recipe "
-            "with an auto entry."
+    if recipe.auto is None:
+        made, _ = plan_and_measure(model_or_config, recipe, None, budget)
+        if errors and has_weights:
+            made.stages = fit(model_or_config, made, seed=seed, progress=progress).stages
+        return made
+    if not has_weights:
+        raise InputError(
+            f"Recipe {recipe.name!r} plans from weights and text, and this is only a config. Give a model with "
+            "weights, or a recipe of fixed shapes such as tqcompressor."
         )
-    made = planning.plan(model_or_config, recipe)
-    if errors and has_weights:
-        scratch = _copy_for(model_or_config, made)
-        for stage in made.stages:
-            stage.rows = compress_stage(scratch, stage.rows, seed=seed, progress=progress)
-    return made
+    measure = _measure(calibration, recipe.auto, tokenizer, seed, cache, progress)
+    return plan_and_measure(model_or_config, recipe, measure, budget, progress=progress)[0]
 
 
 def compress(
@@ -82,7 +75,7 @@ def compress(
     tokenizer: Any = None,
     seed: int = 0,
     cache: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> PreTrainedModel:
     """A compressed copy of `model`: the same class, structured modules in place, ready to heal and to save.
 
@@ -103,62 +96,91 @@ def compress(
         ShapeError, InputError: a weight that cannot be fitted (NaN, infinite, zero), statistics of another model, a
             budget below the floor or above the dense model. The given model is unchanged in every case.
     """
-    ready = isinstance(recipe_or_plan, Plan)
-    recipe = None if isinstance(recipe_or_plan, Plan) else load_recipe(recipe_or_plan)
-    settings = (recipe.auto if recipe else None) or AutoRecipe.model_validate({})
-    planned = recipe is not None and recipe.auto is not None
-    found = None
-    if recipe is not None and planned:
-        found = _calibration(model, calibration, settings, tokenizer, seed, cache, progress)
-        made = plan_auto(model, found, recipe, budget, progress=progress)
-    elif budget is not None:
-        raise RecipeError("A plan or a recipe of fixed shapes cannot be given a budget; use recipe auto.")
+    asked = recipe_or_plan if isinstance(recipe_or_plan, Plan) else load_recipe(recipe_or_plan)
+    settings = settings_of(None if isinstance(asked, Plan) else asked)
+    measure = _measure(calibration, settings, tokenizer, seed, cache, progress)
+    made, found = plan_and_measure(model, asked, measure, budget, progress=progress)
+    return fit(
+        model, made, found, sequential=settings.sequential, adapt=settings.adapt, seed=seed, progress=progress
+    ).model
+
+
+Measure = Callable[[PreTrainedModel], Calibration]
+
+
+def plan_and_measure(
+    model_or_config: PreTrainedModel | PretrainedConfig,
+    asked: Recipe | Plan,
+    measure: Measure | None,
+    budget: Budget | None = None,
+    *,
+    progress: Report | None = None,
+) -> tuple[Plan, Calibration | None]:
+    """The plan for a model, and the statistics that it is then fitted to (None: to the weights alone).
+
+    Args:
+        model_or_config: a config is enough for a plan of fixed shapes that is not measured.
+        asked: with an `auto` entry the model is measured first and planned from that. Otherwise the shapes are known,
+            and the model is measured without the blocks that they drop.
+        measure: takes the statistics of a model; None where there is no calibration text.
+        budget: for `auto`; default: the recipe's target_ratio.
+
+    Raises RecipeError: the plan or recipe does not fit, or has fixed shapes and is given a budget. InputError: `auto`
+    without text. What `measure` raises.
+    """
+    if isinstance(asked, Recipe) and asked.auto is not None:
+        if measure is None:
+            raise InputError(
+                "Recipe auto fits to data and needs calibration text like the model will see: --calibration FILE (or "
+                "calibration= in Python). About 128 windows of 1,024 tokens are enough."
+            )
+        assert isinstance(model_or_config, PreTrainedModel)  # whoever measures has weights
+        statistics = measure(model_or_config)
+        return plan_auto(model_or_config, statistics, asked, budget, progress=progress), statistics
+    if budget is not None:
+        what = f"Recipe {asked.name!r}" if isinstance(asked, Recipe) else "A saved plan"
+        raise RecipeError(
+            f"{what} has fixed shapes, so it cannot be given a budget. Use --recipe auto, or a recipe with an auto "
+            "entry."
+        )
+    if isinstance(asked, Recipe):
+        made = planning.plan_of_shapes(model_or_config, asked)
     else:
-        made = recipe_or_plan if ready else planning.plan(model, recipe)  # type: ignore[assignment, arg-type]
-    planning.check_plan(made, model)
-    student = _copy_for(model, made)
-    if calibration is not None and not planned:
-        found = _calibration(student, calibration, settings, tokenizer, seed, cache, progress)
-    for stage in made.stages:
-        fit_rows(
-            student, stage.rows, found,
-            sequential=settings.sequential, adapt=settings.adapt, seed=seed, progress=progress,
-        )  # fmt: skip
-    absorb_gathers(student)
-    return student
+        planning.check_plan(asked, model_or_config)
+        made = asked
+    if measure is None:
+        return made, None
+    assert isinstance(model_or_config, PreTrainedModel)
+    return made, measure(keep_layers(model_or_config, made.layers))
 
 
-def _copy_for(model: PreTrainedModel, made: Plan) -> PreTrainedModel:
-    """A copy of `model` with the blocks that the plan keeps."""
-    begun = keep_layers(model, made.layers)
-    return copy.deepcopy(model) if begun is model else begun
-
-
-def _calibration(
-    model: Any,
+def _measure(
     text: Text | None,
     settings: AutoRecipe,
     tokenizer: Any,
     seed: int,
     cache: str | Path | None,
-    progress: Progress | None,
-) -> Calibration:
-    if isinstance(text, Calibration):
-        text.statistics.check_model(fingerprint(model))
-        return text
+    progress: Report | None,
+) -> Measure | None:
+    """What takes the statistics on `text`, or only checks that ready ones are of the model; None without text."""
     if text is None:
-        raise InputError(
-            "Recipe auto fits to data and needs calibration text like the model will see: --calibration FILE (or "
-            "calibration= in Python). About 128 windows of 1,024 tokens are enough."
-        )
-    if not isinstance(text, Tensor) and tokenizer is None:
-        if not model.config.name_or_path:
-            raise InputError(
-                "This model does not say where its tokenizer is; pass tokenizer=, or token windows as text."
-            )
-        tokenizer = load_tokenizer(model.config.name_or_path)
-    sources = [text] if isinstance(text, str | Path) else text
-    return calibrate_on(model, tokenizer, sources, settings, seed=seed, cache=cache, progress=progress)
+        return None
+
+    def measure(model: PreTrainedModel) -> Calibration:
+        if isinstance(text, Calibration):
+            text.statistics.check_model(fingerprint(model))
+            return text
+        reads = tokenizer
+        if not isinstance(text, Tensor) and reads is None:
+            if not model.config.name_or_path:
+                raise InputError(
+                    "This model does not say where its tokenizer is; pass tokenizer=, or token windows as text."
+                )
+            reads = load_tokenizer(model.config.name_or_path)
+        sources = [text] if isinstance(text, str | Path) else text
+        return calibrate_on(model, reads, sources, settings, seed=seed, cache=cache, progress=progress)
+
+    return measure
 
 
 # Objectives as recipes write them, made into those that train.

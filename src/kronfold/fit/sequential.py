@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kronfold.base.errors import InputError
-from kronfold.export.quantizer import attach
-from kronfold.fit.fit import fit_row
+from kronfold.base.progress import Progress, Report
+from kronfold.fit.rows import fit_row
 from kronfold.models.block_stream import BlockStream
 from kronfold.models.calibrate import check_windows
 from kronfold.models.families import family_of
@@ -24,8 +24,6 @@ from kronfold.planner.plan import PlanRow
 from kronfold.structures.weighting import corrected_weight, covariance
 
 TOKENS_PER_CALL = 4096
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def compress_sequentially(
     reference: PreTrainedModel | None = None,
     adapt: bool = False,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> list[PlanRow]:
     """Fit the rows in the order in which the model runs and swap them into `model`, in place.
 
@@ -93,10 +91,9 @@ def compress_sequentially(
     training = model.training
     model.eval()
     try:
-        done = job.run(reference, progress or (lambda _what, _done, _total: None))
+        done = job.run(reference, Progress.of(progress))
     finally:
         model.train(training)
-    attach(model)
     order = {row.name: i for i, row in enumerate(rows)}
     return sorted(done, key=lambda row: order[row.name])
 
@@ -126,17 +123,18 @@ class _Job:
         student.model = model
         student.start()
         name = family_of(model).blocks
+        progress.step("fit")
         for i, block in enumerate(model.get_submodule(name).children()):
             inside = [view for view in views.values() if view.block == i and view.kind == "linear"]
             inside = [view for view in inside if view.name in self.pending or (self.adapt and view.is_dense)]
-            progress(f"fit block {i}", i, len(dense.blocks))
+            progress.update(i, len(dense.blocks), item=f"block {i}")
             original = dense.blocks[i] if reference is not None else copy.deepcopy(block) if inside else block
             for group in _in_running_order(student, original, i, f"{name}.{i}.", inside, self.statistics):
                 moments = _moments(dense, student, original, block, i, group[0], f"{name}.{i}.", self.adapt)
                 done += _fit_group(model, group, self.pending, moments, self.statistics, self.seed)
             dense.advance(original, i)
             student.advance(block, i)
-        progress("fit", len(dense.blocks), len(dense.blocks))
+        progress.update(len(dense.blocks), len(dense.blocks))
         return done
 
 

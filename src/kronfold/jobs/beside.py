@@ -18,10 +18,10 @@ from kronfold.base.errors import InputError
 from kronfold.base.progress import Progress
 from kronfold.export.checkpoint import write_model
 from kronfold.fit.compress import check_objectives
-from kronfold.fit.fit import absorb_gathers, calibrate_on, fit_rows, plan_auto
+from kronfold.fit.fit import calibrate_on, fit, plan_auto
 from kronfold.jobs.run_state import Run, RunOptions, made_once
 from kronfold.models.cost import cost
-from kronfold.models.load import load_model
+from kronfold.models.load import dtype_of, load_model
 from kronfold.planner.budget import Budget
 from kronfold.planner.recipe import Recipe, load_recipe
 
@@ -97,13 +97,13 @@ def _unhealed(state: Run, recipe: Recipe) -> dict[str, Any]:
         budget = Budget("params", state.plan.held_parameters)
         plan = plan_auto(state.teacher, found, recipe, budget, progress=state.report)
         student = load_model(options.model, device=options.device)
-        progress = Progress.of(state.report).step(f"decompose by {recipe.name}")
-        rows = fit_rows(
-            student, plan.rows, found, sequential=auto.sequential, adapt=auto.adapt, seed=options.seed,
-            progress=lambda name, done, total: progress.update(done, total, item=name or None),
+        told = Progress.of(state.report).step(f"decompose by {recipe.name}")
+        fitted = fit(
+            student, plan, found, sequential=auto.sequential, adapt=auto.adapt, seed=options.seed, in_place=True,
+            progress=Progress(lambda at: told.update(at.done, at.total, **at.facts)),
         )  # fmt: skip
-        made = {"gathers": absorb_gathers(student), "calibration": found.to_dict(), "budget": plan.budget}
-        return student, {**made, "rows": [row.to_dict() for row in rows]}
+        made = {"gathers": fitted.gathers, "calibration": found.to_dict(), "budget": plan.budget}
+        return fitted.model, {**made, "rows": [row.to_dict() for row in fitted.stages[0].rows]}
 
     place = state.place / SCRATCH
     student, facts = made_once(make, place / "fitted", state.tokenizer, options.device)
@@ -145,5 +145,5 @@ def _healed(state: Run, recipe: Recipe, heal: Callable[..., Any]) -> dict[str, A
 def _save(state: Run, source: Path, final: Path) -> None:
     """The model in `source` as it will be loaded, in the dtype of the run's own checkpoint."""
     student = load_model(source, device=state.options.device)
-    dtype = state.options.dtype or load_model(state.options.model, dtype="auto").dtype
+    dtype = state.options.dtype or dtype_of(state.options.model)
     processes.on_main(lambda: write_model(student, state.tokenizer, final, dtype))

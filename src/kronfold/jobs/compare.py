@@ -18,6 +18,7 @@ from kronfold.base import results
 from kronfold.base.errors import InputError, suggest
 from kronfold.base.files import write_json
 from kronfold.base.job import Job
+from kronfold.base.progress import Report
 from kronfold.data.bad_rows import Reading
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
@@ -26,15 +27,16 @@ from kronfold.evaluate.perplexity import PROTOCOLS, PerplexityResult, perplexity
 from kronfold.evaluate.speed import generation_speed
 from kronfold.evaluate.texts import open_text
 from kronfold.fit.calibration import Calibration
-from kronfold.fit.fit import absorb_gathers, calibrate_on, keep_layers
+from kronfold.fit.fit import calibrate_on, keep_layers, settings_of
 from kronfold.jobs.compare_rows import Objective, Row, check_rows, row_of, with_budget
 from kronfold.jobs.run import run_stages
-from kronfold.jobs.run_state import Report, Run, RunOptions
+from kronfold.jobs.run_state import Run, RunOptions
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer, on_disk
 from kronfold.options.healing import HealConfig
 from kronfold.planner.budget import Budget
 from kronfold.planner.recipe import Recipe, load_recipe
+from kronfold.planner.sizing import Sized
 from kronfold.train.heal import heal
 from kronfold.train.watch import check_teacher_outputs
 
@@ -54,7 +56,8 @@ class CompareOptions:
             text, on which models are also measured before healing. lambada: source of the passages, None for none.
         heal_tokens: healing budget of every row. budget: size of every row, None for each recipe's own.
         objective: "own" heals by each recipe's objective, "same" all by the default one.
-        calibration: texts for recipes that are planned; default: the training text.
+        calibration: texts that all recipes are fitted to. Without any, those that are planned take the training text,
+            and all others are fitted to the weights alone.
         reading, protocol, block_size, seed, device, cache: as in `RunOptions`.
     """
 
@@ -86,7 +89,8 @@ class _Comparison:
     teacher: PreTrainedModel
     tokenizer: Any
     blocks: TokenBlocks
-    calibrations: Mapping[str, Calibration]  # by name of the planned recipes
+    sizes: Mapping[str, Sized | None]  # by name of the recipe, None for those that are planned
+    calibrations: Mapping[str, Calibration]  # by name of the recipes that are fitted to data
     report: Report
 
     def run_of(self, row: Row) -> Run:
@@ -170,7 +174,7 @@ def compare(
         teacher = load_model(options.model, device=options.device)
         tokenizer = load_tokenizer(options.model)
         amount = options.budget.amount_for(cost(teacher)) if options.budget else None
-        check_rows(teacher, recipes, amount)
+        sizes = check_rows(teacher, recipes, amount)
         context = getattr(teacher.config, "max_position_embeddings", 1024)
         size = min(options.block_size or 1024, context)
         text = documents(options.train_text, **asdict(options.reading))
@@ -178,11 +182,11 @@ def compare(
         check_teacher_outputs(teacher, blocks[0]["input_ids"])
         for source in [*options.eval_texts.values(), *([options.lambada] if options.lambada else [])]:
             next(open_text(source, options.reading))  # an unreadable text must not surface after hours
-        found = _calibrations(options, recipes, teacher, tokenizer, report)
+        calibrations = _calibrations(options, recipes, sizes, teacher, tokenizer, report)
         facts, read = _facts(options, blocks)
         if job.begin(facts, **read):
             return job.document()
-        state = _Comparison(options, job, teacher, tokenizer, blocks, found, report)
+        state = _Comparison(options, job, teacher, tokenizer, blocks, sizes, calibrations, report)
         document: dict[str, Any] = {}
         for document in _documents(state, recipes, amount):
             write_json(job.result / "results.json", document)
@@ -198,7 +202,8 @@ def _documents(state: _Comparison, recipes: Sequence[Recipe], amount: float | No
     dense = job.step("dense_finetuned", lambda: _dense(state))
     rows: list[dict[str, Any]] = []
     for recipe in recipes:
-        row = row_of(state.teacher, recipe, amount, state.calibrations.get(recipe.name), state.report)
+        sized, calibration = state.sizes[recipe.name], state.calibrations.get(recipe.name)
+        row = row_of(state.teacher, recipe, sized, amount, calibration, state.report)
         rows.append(_row(state, row, teacher))
         yield _document(state, teacher, dense, rows, len(rows) == len(recipes), amount)
 
@@ -246,10 +251,7 @@ def _before(state: _Comparison, run: Run, name: str) -> dict[str, Any]:
     """All stages at once, nothing trained."""
     student = load_model(state.options.model, device=state.options.device)
     started = time.monotonic()
-    for stage in run.plan.stages:
-        student = keep_layers(student, stage.layers)
-        run.fit(student, stage.rows)
-    absorb_gathers(student)
+    student = run.fit(student, run.plan).model
     seconds = round(time.monotonic() - started, 2)
     main = next(iter(state.options.eval_texts))
     return {"perplexity": state.perplexity(student, main, f"{name} before healing").perplexity, "seconds": seconds}
@@ -303,23 +305,31 @@ def _check(options: CompareOptions) -> None:
 
 
 def _calibrations(
-    options: CompareOptions, recipes: Sequence[Recipe], teacher: PreTrainedModel, tokenizer: Any, report: Report
+    options: CompareOptions,
+    recipes: Sequence[Recipe],
+    sizes: Mapping[str, Sized | None],
+    teacher: PreTrainedModel,
+    tokenizer: Any,
+    report: Report,
 ) -> dict[str, Calibration]:
-    """Statistics for each planned recipe, as many windows as it asks for; equal ones are measured once."""
+    """Statistics for each recipe that is fitted to data, as many windows as it asks for; equal ones are measured
+    once. Where a recipe drops blocks, of the teacher without them."""
     texts = options.calibration or [options.train_text]
     measured: dict[Any, Calibration] = {}
-    found = {}
+    calibrations = {}
     for recipe in recipes:
-        if (auto := recipe.auto) is None:
+        if recipe.auto is None and not options.calibration:
             continue
-        asked = (auto.windows, auto.window, auto.gradient_windows, auto.sequential)
+        settings, sized = settings_of(recipe), sizes[recipe.name]
+        layers = sized.plan.layers if sized else None
+        asked = (settings.windows, settings.window, settings.gradient_windows, settings.sequential, layers)
         if asked not in measured:
             measured[asked] = calibrate_on(
-                teacher, tokenizer, texts, auto,
+                keep_layers(teacher, layers), tokenizer, texts, settings,
                 reading=options.reading, seed=options.seed, cache=options.cache, progress=report,
             )  # fmt: skip
-        found[recipe.name] = measured[asked]
-    return found
+        calibrations[recipe.name] = measured[asked]
+    return calibrations
 
 
 def _facts(options: CompareOptions, blocks: TokenBlocks) -> tuple[dict[str, Any], dict[str, str | Path | None]]:

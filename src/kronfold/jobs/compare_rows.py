@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from transformers import PreTrainedModel
 
 from kronfold.base.errors import InputError, KronfoldError, RecipeError
+from kronfold.base.progress import Report
 from kronfold.fit.calibration import Calibration
 from kronfold.fit.compress import check_objectives
 from kronfold.fit.fit import plan_auto
@@ -21,7 +22,6 @@ from kronfold.planner.recipe import Recipe
 from kronfold.planner.sizing import Sized, plan_at_size
 
 Objective = Literal["own", "same"]
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,15 @@ def with_budget(recipe: Recipe, tokens: int, objective: Objective) -> Recipe:
 def row_of(
     teacher: PreTrainedModel,
     recipe: Recipe,
+    sized: Sized | None,
     amount: float | None,
     calibration: Calibration | None,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> Row:
-    """The recipe at `amount` held parameters (None: at its own size). `calibration`: for one that is planned."""
-    sized = _sized(teacher, recipe, amount)
+    """The recipe at `amount` held parameters (None: at its own size).
+
+    `sized`: as `check_rows` found it. `calibration`: one that is planned needs it.
+    """
     if sized is None:
         assert calibration is not None
         budget = Budget("params", amount) if amount else None
@@ -69,21 +72,26 @@ def row_of(
     return Row(recipe, sized, f"rows/{recipe.name}-{hashlib.sha256(shape.encode()).hexdigest()[:8]}")
 
 
-def check_rows(teacher: PreTrainedModel, recipes: Sequence[Recipe], amount: float | None) -> None:
-    """Before any work: InputError for two recipes of one name, RecipeError naming every one that does not fit."""
+def check_rows(teacher: PreTrainedModel, recipes: Sequence[Recipe], amount: float | None) -> dict[str, Sized | None]:
+    """Every recipe of fixed shapes at its size, by name; None for those that only the planner can size.
+
+    Raises, before any work: InputError for two recipes of one name, RecipeError naming every one that does not fit.
+    """
     names = [recipe.name for recipe in recipes]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(f"Recipes are told apart by name, and {', '.join(twice)} is named twice.")
+    sizes: dict[str, Sized | None] = {}
     faults = []
     for recipe in recipes:
         try:
             check_objectives(recipe)
-            _sized(teacher, recipe, amount)
+            sizes[recipe.name] = _sized(teacher, recipe, amount)
         except KronfoldError as error:
             faults.append(str(error))
     if faults:
         raise RecipeError("Nothing was compared:\n  " + "\n  ".join(faults))
+    return sizes
 
 
 def _sized(teacher: PreTrainedModel, recipe: Recipe, amount: float | None) -> Sized | None:
@@ -92,5 +100,5 @@ def _sized(teacher: PreTrainedModel, recipe: Recipe, amount: float | None) -> Si
         return None
     if amount is not None:
         return plan_at_size(teacher, recipe, amount)
-    plan = planning.plan(teacher, recipe)
+    plan = planning.plan_of_shapes(teacher, recipe)
     return Sized(plan, plan.held_parameters, True, "its own size")

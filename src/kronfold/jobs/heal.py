@@ -19,7 +19,7 @@ from kronfold.distill.objective import Objective
 from kronfold.distill.stored import StoredTeacher
 from kronfold.evaluate.perplexity import perplexity
 from kronfold.evaluate.texts import open_text
-from kronfold.jobs.compress import write_saved
+from kronfold.jobs.export import write_saved
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer, on_disk, read_dtype
 from kronfold.options.healing import HealConfig

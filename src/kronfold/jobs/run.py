@@ -8,7 +8,6 @@ calibrating, decomposing, every file) is done by the main process while the othe
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -21,21 +20,19 @@ from transformers import PreTrainedModel
 from kronfold.base import processes, results
 from kronfold.base.errors import DivergedError, InputError, suggest
 from kronfold.base.job import Job
-from kronfold.base.progress import Progress
+from kronfold.base.progress import Progress, Report
 from kronfold.data.packing import TokenBlocks, pack
 from kronfold.data.sources import documents
 from kronfold.evaluate.perplexity import PROTOCOLS
 from kronfold.evaluate.texts import open_text
 from kronfold.export.checkpoint import write_model
-from kronfold.export.quantizer import attach
 from kronfold.fit.calibration import Calibration
 from kronfold.fit.compress import check_objectives
-from kronfold.fit.fit import absorb_gathers, calibrate_on, keep_layers, plan_auto, settings_of
+from kronfold.fit.fit import calibrate_on, keep_layers, plan_auto, settings_of
 from kronfold.jobs.beside import second_recipe, second_samples, second_track
-from kronfold.jobs.run_state import Control, Report, Run, RunOptions, made_once
+from kronfold.jobs.run_state import Control, Run, RunOptions, made_once
 from kronfold.models.cost import cost
-from kronfold.models.load import load_model, load_tokenizer, on_disk
-from kronfold.models.place import read_specs
+from kronfold.models.load import dtype_of, load_model, load_tokenizer, on_disk
 from kronfold.options.healing import HealConfig
 from kronfold.planner import planning
 from kronfold.planner.plan import Plan
@@ -80,7 +77,7 @@ def run(
                 processes.split_batch(stage.heal.batch_size, options.micro_batch)
         teacher = load_model(options.model, device=options.device)
         tokenizer = load_tokenizer(options.model)
-        given = None if recipe.auto else planning.plan(teacher, recipe)
+        given = None if recipe.auto else planning.plan_of_shapes(teacher, recipe)
         blocks = processes.on_main(lambda: _blocks(options, recipe, teacher, tokenizer))
         check_teacher_outputs(teacher, blocks[0]["input_ids"])
         found = processes.on_main(lambda: _calibrate(options, recipe, teacher, given, tokenizer, report), share=False)
@@ -145,7 +142,7 @@ def _measure(state: Run) -> dict[str, Any]:
     if "dense" in options.controls:
         controls["dense_finetuned"] = job.step("dense_finetuned", lambda: _dense_finetuned(state))
     if "plain" in options.controls and _searches(state):
-        plain = run_stages(state, planning.plan(state.teacher, recipe.without_permutations()), "plain")
+        plain = run_stages(state, planning.plan_of_shapes(state.teacher, recipe.without_permutations()), "plain")
         controls["plain_kronecker"] = {"held_parameters": plain[-1]["held_parameters"], "stages": plain}
     return {"teacher": teacher, "stages": stages, "controls": controls}
 
@@ -154,7 +151,7 @@ def _searches(state: Run) -> bool:
     """Whether there are permutations to leave out. A planned recipe is fitted to data and has no such control."""
     if state.recipe.auto is not None:
         return False
-    plain = planning.plan(state.teacher, state.recipe.without_permutations())
+    plain = planning.plan_of_shapes(state.teacher, state.recipe.without_permutations())
     return [row.spec for row in plain.rows] != [row.spec for row in state.plan.rows]
 
 
@@ -188,13 +185,8 @@ def _teacher(state: Run) -> dict[str, Any]:
 
 
 def _unhealed(state: Run) -> dict[str, Any]:
-
     def make() -> tuple[PreTrainedModel, None]:
-        student = keep_layers(state.teacher, state.plan.layers)
-        student = copy.deepcopy(student) if student is state.teacher else student
-        for stage in state.plan.stages:
-            state.fit(student, stage.rows)
-        return student, None
+        return state.fit(state.teacher, state.plan, in_place=False).model, None
 
     student, _ = made_once(make, state.place / "unhealed", state.tokenizer, state.options.device)
     found = state.perplexity(student, "the compressed model before healing")
@@ -250,10 +242,10 @@ def _stage(
 
     def make() -> tuple[PreTrainedModel, dict[str, Any]]:
         started = time.monotonic()
-        student, rows = state.compressed(source, stage)
-        gathers = {"gathers": absorb_gathers(student)} if last else {}
-        seconds = round(time.monotonic() - started, 2)
-        return student, {"rows": [row.to_dict() for row in rows], **gathers, "decompose_seconds": seconds}
+        fitted = state.compressed(source, stage, last=last)
+        rows = [row.to_dict() for row in fitted.stages[0].rows]
+        gathers = {"gathers": fitted.gathers} if last else {}
+        return fitted.model, {"rows": rows, **gathers, "decompose_seconds": round(time.monotonic() - started, 2)}
 
     fitted = _fitted(place)
     if stage.heal:  # what a resumed healing starts from must be this very model, on whatever machine it goes on
@@ -343,9 +335,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Save the student as it will be loaded, measure exactly that, and describe it."""
     options = state.options
-    dtype = options.dtype or load_model(options.model, dtype="auto").dtype
-    if read_specs(student):
-        attach(student)
+    dtype = options.dtype or dtype_of(options.model)
     result = state.job.result
     processes.on_main(lambda: write_model(student, state.tokenizer, result, dtype))
     final = state.perplexity(load_model(result, device=options.device), "the saved checkpoint")

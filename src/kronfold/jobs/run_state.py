@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from kronfold.base import processes
 from kronfold.base.job import Job
+from kronfold.base.progress import Report
 from kronfold.data.bad_rows import Reading
 from kronfold.data.packing import TokenBlocks
 from kronfold.evaluate.perplexity import perplexity
@@ -21,15 +22,14 @@ from kronfold.evaluate.texts import open_text
 from kronfold.export.checkpoint import write_model
 from kronfold.export.dense import to_dense
 from kronfold.fit.calibration import Calibration
-from kronfold.fit.fit import calibrate_on, fit_rows, keep_layers, plan_auto
+from kronfold.fit.fit import Fitted, calibrate_on, fit, plan_auto, settings_of
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model
 from kronfold.planner.budget import Budget
-from kronfold.planner.plan import Plan, PlanRow, PlanStage
+from kronfold.planner.plan import Plan, PlanStage
 from kronfold.planner.recipe import Recipe
 
 Control = Literal["dense", "plain"]
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -97,49 +97,41 @@ class Run:
     calibration: Calibration | None
     measures_stages: bool = True
 
-    def fit(self, student: PreTrainedModel, rows: list[PlanRow]) -> list[PlanRow]:
-        """Fit and place the rows of a stage, to data where the run has calibration text."""
+    def fit(
+        self, student: PreTrainedModel, plan: Plan | PlanStage, *, last: bool = True, in_place: bool = True
+    ) -> Fitted:
+        """`fit` as the recipe says, to data where the run has calibration text."""
+        settings = settings_of(self.recipe)
+        return fit(
+            student, plan, self.calibration, sequential=settings.sequential, adapt=settings.adapt,
+            seed=self.options.seed, last=last, in_place=in_place, progress=self.report,
+        )  # fmt: skip
 
-        def progress(name: str, done: int, total: int) -> None:
-            self.report(f"decompose {name}".strip(), done, total)
-
-        auto = self.recipe.auto
-        return fit_rows(
-            student,
-            rows,
-            self.calibration,
-            sequential=auto is None or auto.sequential,
-            adapt=auto is not None and auto.adapt,
-            seed=self.options.seed,
-            progress=progress,
-        )
-
-    def compressed(self, source: str | Path, stage: PlanStage) -> tuple[PreTrainedModel, list[PlanRow]]:
-        """The model of a stage, made from the one in `source`, and its rows with their errors."""
-        student = keep_layers(load_model(source, device=self.options.device), stage.layers)
+    def compressed(self, source: str | Path, stage: PlanStage, *, last: bool) -> Fitted:
+        """The model of a stage, made from the one in `source`. `last`: no stage follows."""
+        student = load_model(source, device=self.options.device)
         if stage.reach is None:
-            return student, self.fit(student, stage.rows)
+            return self.fit(student, stage, last=last)
         auto, options = self.recipe.auto, self.options
         assert auto is not None  # only recipes that plan say how far a stage reaches
-        found = self.calibration
-        if str(source) != options.model or found is None:  # the first stage meets the model that was calibrated
+        calibration = self.calibration
+        if str(source) != options.model or calibration is None:  # the first stage meets the model that was calibrated
             student = to_dense(student)
-            found = calibrate_on(
+            calibration = calibrate_on(
                 student, self.tokenizer, options.calibration or [options.train_text], auto,
                 reading=options.reading, seed=options.seed, cache=options.cache, progress=self.report,
             )  # fmt: skip
         target = options.budget or Budget("params", ratio=auto.target_ratio)
         budget = target.on_the_way(cost(self.teacher), stage.reach)
-        plan = plan_auto(student, found, self.recipe, budget, progress=self.report)
-        return student, replace(self, calibration=found).fit(student, plan.rows)
+        plan = plan_auto(student, calibration, self.recipe, budget, progress=self.report)
+        return replace(self, calibration=calibration).fit(student, replace(stage, rows=plan.rows), last=last)
 
     def perplexity(self, model: PreTrainedModel, what: str) -> dict[str, Any]:
         def progress(done: int, total: int) -> None:
             self.report(f"evaluate {what}", done, total)
 
         text = open_text(self.options.eval_text, self.options.reading)
-        found = perplexity(model, self.tokenizer, text, self.options.protocol, progress=progress)
-        return found.to_dict()
+        return perplexity(model, self.tokenizer, text, self.options.protocol, progress=progress).to_dict()
 
     def text(self, model: PreTrainedModel) -> str | None:
         if self.options.prompt is None:

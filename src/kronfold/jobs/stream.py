@@ -22,9 +22,10 @@ from kronfold.base import results
 from kronfold.base.errors import CheckpointError, InputError, RecipeError
 from kronfold.base.files import UNFINISHED, explain_write_errors, write_json
 from kronfold.base.job import Job
+from kronfold.base.progress import Progress, Report, State
 from kronfold.export.quantizer import attach
-from kronfold.fit.compress import plan as make_plan
-from kronfold.fit.fit import Progress, absorb_gathers, compress_stage, gathers_of, keep_layers
+from kronfold.fit.compress import check_objectives
+from kronfold.fit.fit import absorb_gathers, fit_rows, gathers_of, keep_layers
 from kronfold.models.cost import Cost, cost
 from kronfold.models.finite import check_finite
 from kronfold.models.load import load_config, load_tokenizer, local_checkpoint, read_dtype
@@ -34,7 +35,7 @@ from kronfold.models.stored_names import to_stored
 from kronfold.models.weight_files import WeightFiles
 from kronfold.planner import planning
 from kronfold.planner.budget import Budget
-from kronfold.planner.plan import Plan, PlanRow
+from kronfold.planner.plan import Plan
 from kronfold.planner.recipe import Recipe, load_recipe
 
 
@@ -50,7 +51,7 @@ def compress_streaming(
     dtype: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> dict[str, Any]:
     """Compress the checkpoint `model` block by block and save it with its tokenizer in `output`, one shard per part.
 
@@ -72,7 +73,7 @@ def compress_streaming(
         made = _fixed_plan(config, recipe, plan_path, calibration, budget)
         skeleton = planning.skeleton_of(config).eval()
         before = cost(skeleton)
-        stream = Streaming.of(skeleton, WeightFiles(place, skeleton), made, saved_dtype, seed, progress)
+        stream = Streaming.of(skeleton, WeightFiles(place, skeleton), made, saved_dtype, seed, Progress.of(progress))
         facts = {
             "plan": [{"stage": stage.name, **row.to_dict()} for stage in made.stages for row in stage.rows],
             "layers": made.layers.to_dict() if made.layers else None,
@@ -82,6 +83,7 @@ def compress_streaming(
         if job.begin(facts, model=place):
             return job.document()
         stream.restore(job.steps)
+        stream.progress.step("decompose")
         for part in stream.parts.names:
             keeps = [job.result / stream.file_of(part)]
             job.step(part, lambda part=part: stream.carry_out(part, job.result), keeps)  # type: ignore[misc]
@@ -118,7 +120,7 @@ class Streaming:
     parts: Parts
     dtype: torch.dtype
     seed: int
-    progress: Progress | None
+    progress: Progress
 
     @classmethod
     def of(
@@ -128,7 +130,7 @@ class Streaming:
         made: Plan,
         dtype: torch.dtype | None,
         seed: int,
-        progress: Progress | None,
+        progress: Progress,
     ) -> Streaming:
         """Raises RecipeError, CheckpointError, InputError when the plan or the checkpoint cannot be streamed."""
         _check_ties(skeleton, files)
@@ -149,15 +151,21 @@ class Streaming:
 
     def carry_out(self, part: str, work: Path) -> dict[str, Any]:
         """Read, fit and write one part. Returns what the book keeps of it."""
-        started, show = time.monotonic(), self._shown(part)
-        if show:
-            show("", 0, 0)
+        started, at, count = time.monotonic(), self.parts.names.index(part), len(self.parts.names)
+
+        def fitting(state: State) -> None:  # over the whole model: parts, not the rows of one
+            self.progress.update(at, count, item=state.facts.get("item", part))
+
+        self.progress.update(at, count, item=part)
         held = self.parts.tensors(self.student, part)
         source = {name: self._source(name) for name in held}
         read = self.files.read(source.values())
         put_tensors(self.student, {name: read[source[name]] for name in held})
         del read
-        rows = {stage.name: self._fit(part, stage.rows) for stage in self.plan.stages}
+        rows = {}
+        for stage in self.plan.stages:
+            own = [row for row in stage.rows if self.parts.part_of(row.name) == part]
+            rows[stage.name] = fit_rows(self.student, own, seed=self.seed, progress=Progress(fitting))
         block = self.parts.block_of(part)
         absorbed = absorb_gathers(self.student, [block])["absorbed"] if block is not None else 0
         specs = {name: spec for name, spec in read_specs(self.student).items() if self.parts.part_of(name) == part}
@@ -173,18 +181,6 @@ class Streaming:
             "absorbed": absorbed,
             "seconds": round(time.monotonic() - started, 3),
         }
-
-    def _fit(self, part: str, rows: list[PlanRow]) -> list[PlanRow]:
-        own = [row for row in rows if self.parts.part_of(row.name) == part]
-        return compress_stage(self.student, own, seed=self.seed, progress=self._shown(part))
-
-    def _shown(self, part: str) -> Progress | None:
-        """Progress over the whole model: parts, not the rows of one."""
-        show = self.progress
-        if show is None:
-            return None
-        at, count = self.parts.names.index(part), len(self.parts.names)
-        return lambda name, _done, _total: show(name or part, at, count)
 
     def _source(self, name: str) -> str:
         """The name in the whole model of a tensor of the student, which may lack blocks."""
@@ -235,7 +231,8 @@ def _fixed_plan(
         )
     if made is None:
         assert loaded is not None
-        made = make_plan(config, loaded)
+        check_objectives(loaded)
+        made = planning.plan_of_shapes(config, loaded)
     planning.check_plan(made, config)
     return made
 

@@ -37,6 +37,12 @@ _NO_WEIGHTS = "{} names a size, not weights; it can be planned, not run. Give a 
 _NEW_HEAD = "score."  # what transformers calls the head of a decoder that classifies
 
 
+def dtype_of(model: str) -> torch.dtype:
+    """The dtype that a checkpoint is stored in. Raises as `load_model`."""
+    dtype: torch.dtype = load_model(model, dtype="auto").dtype
+    return dtype
+
+
 def read_dtype(name: str) -> torch.dtype:
     """A dtype by name. Raises InputError with the names allowed."""
     if name not in DTYPES:

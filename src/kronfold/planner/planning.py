@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +38,7 @@ def skeleton_of(
     return skeleton
 
 
-def plan(model_or_config: PreTrainedModel | PretrainedConfig, recipe: str | Recipe) -> Plan:
+def plan_of_shapes(model_or_config: PreTrainedModel | PretrainedConfig, recipe: str | Recipe) -> Plan:
     """What `recipe` does to the model, exactly, without touching a weight.
 
     Args:
@@ -119,14 +119,22 @@ def check_plan(made: Plan, model_or_config: PreTrainedModel | PretrainedConfig) 
 
 def recount(made: Plan, model_or_config: PreTrainedModel | PretrainedConfig) -> tuple[Cost, dict[str, Any]]:
     """Cost and gathers of a (perhaps edited) plan. Raises RecipeError when it does not fit the model."""
+    return cost_absorbed(check_stages(made.stages, model_or_config))
+
+
+def check_stages(stages: Sequence[PlanStage], model_or_config: PreTrainedModel | PretrainedConfig) -> PreTrainedModel:
+    """The model that stages of a plan, one after the other, make of a model; without weights (meta device).
+
+    Raises RecipeError when they do not fit the model, which is unchanged.
+    """
     skeleton = skeleton_of(model_or_config)
-    if made.layers:
-        check_layers(made.layers, depth_of(skeleton))
-        skeleton = truncate(skeleton, made.layers.kept)
-    for stage in made.stages:
+    if stages and (layers := stages[0].layers):
+        check_layers(layers, depth_of(skeleton))
+        skeleton = truncate(skeleton, layers.kept)
+    for stage in stages:
         check_rows(sites(skeleton), stage.rows)
         place_empty(skeleton, stage.rows)
-    return cost_absorbed(skeleton)
+    return skeleton
 
 
 def check_layers(layers: KeptLayers, depth: int) -> None:

@@ -81,7 +81,7 @@ def plan_at_size(
     Raises RecipeError when the recipe does not fit the model, whatever its size.
     """
     recipe = load_recipe(recipe)
-    written = planning.plan(model_or_config, recipe)
+    written = planning.plan_of_shapes(model_or_config, recipe)
     own = written.held_parameters
     if abs(own - amount) <= tolerance * amount:
         return Sized(written, own, True, "its own size")
@@ -111,7 +111,9 @@ def _truncated(
             [first.model_copy(update={"layer_count": count}), *recipe.stages[1:]]
             for count in range(1, layers.depth + 1)
         ]
-        plans = [planning.plan(model_or_config, recipe.model_copy(update={"stages": entry})) for entry in stages]
+        plans = [
+            planning.plan_of_shapes(model_or_config, recipe.model_copy(update={"stages": entry})) for entry in stages
+        ]
     made = min(plans, key=lambda plan: abs(plan.held_parameters - amount))
     assert made.layers is not None
     note = f"{len(made.layers.kept)} of {layers.depth} blocks kept"
@@ -130,7 +132,7 @@ def _in_all_blocks(model_or_config: PreTrainedModel | PretrainedConfig, recipe: 
     if stages == recipe.stages:
         return None
     try:
-        return planning.plan(model_or_config, recipe.model_copy(update={"stages": stages}))
+        return planning.plan_of_shapes(model_or_config, recipe.model_copy(update={"stages": stages}))
     except RecipeError:
         return None
 
