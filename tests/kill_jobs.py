@@ -101,9 +101,10 @@ def _finetune(place: Path, out: Path, seed: int, resume: bool, overwrite: bool) 
     options = FineTuneOptions(
         model=str(place / "model"), task="sst2", train_file=str(place / "train.tsv"),
         dev_files=(str(place / "dev.tsv"),), seeds=(seed, seed + 1),
-        settings=FineTuneConfig(epochs=1, batch_size=8, learning_rate=1e-3),
+        settings=FineTuneConfig(epochs=1, batch_size=8, learning_rate=1e-3), device="cpu",
+        output=out, resume=resume, overwrite=overwrite,
     )  # fmt: skip
-    finetune(options, out, resume=resume, overwrite=overwrite)
+    finetune(options)
 
 
 def _pretrain(place: Path, out: Path, seed: int, resume: bool, overwrite: bool) -> None:

@@ -30,21 +30,13 @@ def add_to(app: typer.Typer) -> None:
 
 def finetune(options: FineTuneOptions, json: bool) -> None:
     """Fine-tune a model on a task of GLUE, structured layers kept; several seeds, optionally from a teacher."""
-    from kronfold.jobs import finetune as job
+    from kronfold.jobs.finetune import finetune as job
     from kronfold.report.tables import finetune_table
 
-    alike = ("task", "train_file", "dev_files", "dataset", "columns", "teacher", "seeds", "max_length")
-    chosen = job.FineTuneOptions(
-        **{name: getattr(options, name) for name in alike},
-        model=t.resolve_model(options.model),
-        settings=options.trained,
-    )
-    device = t.prepare(options.device)
+    t.prepare(options.device)
+    chosen = options.model_copy(update={"model": t.resolve_model(options.model)})
     with t.progress_bar() as report:
-        document = job.finetune(
-            chosen, options.output, name=options.model, device=device, dtype=options.dtype, resume=options.resume,
-            overwrite=options.overwrite, report=report,
-        )  # fmt: skip
+        document = job(chosen, name=options.model, report=report)
     t.emit(document, json, finetune_table(document), f"saved in {options.output}/")
 
 

@@ -178,28 +178,15 @@ def interrupted_line(stop: Interrupted, arguments: Sequence[str]) -> str:
 
 def prepare(device: str = "cpu", seed: int | None = None) -> str:
     """Quieten the libraries, set the seed, and resolve the device. Raises InputError for one that is not there."""
-    import torch
     from transformers import set_seed
     from transformers.utils import logging
-
-    from kronfold.base.errors import InputError
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     processes.start(device)
     if seed is not None:
         set_seed(seed)
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if ":" in device:
-        raise InputError(f"Device {device!r}: choose one GPU with CUDA_VISIBLE_DEVICES and give --device cuda.")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"Device {device!r} cannot be used here: {str(error).splitlines()[0].rstrip('.')}. Try --device cpu."
-        ) from error
-    return device
+    return processes.usable(device)
 
 
 def resolve_model(name: str) -> str:

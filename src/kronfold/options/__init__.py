@@ -7,9 +7,11 @@ it through `read`; Python calls it. Both name every fault at once, with the near
 from __future__ import annotations
 
 import inspect
+import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from kronfold.base.errors import InputError, suggest
@@ -41,6 +43,19 @@ class Options(BaseModel, metaclass=_NamesFaults):
     error: ClassVar[type[InputError]] = InputError  # of what cannot be used
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paths_are_words(cls, given: Any) -> Any:
+        def word(value: Any) -> Any:
+            return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+        if not isinstance(given, Mapping):
+            return given
+        return {
+            name: [word(one) for one in value] if isinstance(value, list | tuple) else word(value)
+            for name, value in given.items()
+        }
 
 
 T = TypeVar("T", bound=Options)

@@ -64,17 +64,22 @@ class SavedAs(Options):
     )
 
 
-class ReadsText(Options):
-    """A job that reads text."""
+class SkipsRows(Options):
+    """A job that leaves out rows without text, up to a limit."""
 
-    text_column: str = option(
-        "text", "Column of the text in rows; several, comma-separated: the first that a row has.", group="How"
-    )
     max_bad_rows: str | int | None = option(
         None,
         "Rows without text that are skipped at most; default: 100 or 1%, whichever is more, and below half.",
         group="How",
         metavar="N|N%",
+    )
+
+
+class ReadsText(SkipsRows):
+    """A job that reads text."""
+
+    text_column: str = option(
+        "text", "Column of the text in rows; several, comma-separated: the first that a row has.", group="How"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from kronfold.options import Options, option
-from kronfold.options.shared import ReadsText, Resumable, Seeded, Written, output
+from kronfold.options.shared import ReadsText, Resumable, Seeded, SkipsRows, Written, output
 
 Format = Literal["jsonl", "parquet"]
 
@@ -24,7 +24,7 @@ class StdlibOptions(Written):
     output: str = output("Directory for train.jsonl, validation.jsonl, manifest.json.")
 
 
-class CleanOptions(Resumable, ReadsText, _OfSource):
+class CleanOptions(Resumable, SkipsRows, _OfSource):
     """Text repaired and freed of boilerplate and duplicates: `kronfold data clean`.
 
     What is None is as the settings file says, or the default of `CleanSettings`.
