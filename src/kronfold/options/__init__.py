@@ -126,7 +126,7 @@ def faults_of(model: type[BaseModel], error: ValidationError, label: str) -> str
         given = "" if isinstance(entry["input"], dict | list) else f" (given: {entry['input']!r})"
         said = entry["msg"].removeprefix("Value error, ") + given
         lines.append(f"{where}: {said}" if where else said)
-    verb = "have" if label.startswith("These ") or label.endswith(" settings") else "has"
+    verb = "have" if label.startswith("These ") else "has"
     return f"{label} {verb} {len(lines)} fault{'s' * (len(lines) > 1)}:\n  " + "\n  ".join(lines)
 
 
