@@ -31,7 +31,7 @@ from kronfold.models.calibrate import calibrate
 from kronfold.models.finite import check_finite, not_finite
 from kronfold.models.load import load_classifier, load_model
 from kronfold.options.finetune import FineTuneConfig, FineTuneOptions
-from kronfold.options.healing import HealConfig
+from kronfold.options.healing import HealConfig, HealOptions, TeachOptions
 from kronfold.train import store_teacher
 from test_pretrain import settings
 from test_pretrain import text as rows  # noqa: F401  (a fixture)
@@ -147,8 +147,12 @@ def test_documents_name_the_number(tmp_path):
 
 
 def heal(places, tmp_path, student, teacher, **options):
-    text = str(places / "text.txt")
-    return heal_to(str(places / student), str(places / teacher), text, tmp_path / "out", FIT, **options)
+    return heal_to(
+        HealOptions(
+            model=places / student, teacher=places / teacher, train_text=places / "text.txt", output=tmp_path / "out",
+            healing=FIT, device="cpu", **options,
+        )
+    )  # fmt: skip
 
 
 def comparison(places, model):
@@ -171,7 +175,9 @@ STARTS = {
         str(p / m), t / "out", "auto", calibration=[str(p / "text.txt")], changes={"windows": 2, "window": 16}
     ),
     "heal, teacher": lambda p, t, m: heal(p, t, "good", m),
-    "teach": lambda p, t, m: teach_to(str(p / m), str(p / "text.txt"), t / "out", tokens=512, k=4),
+    "teach": lambda p, t, m: teach_to(
+        TeachOptions(model=p / m, train_text=p / "text.txt", output=t / "out", tokens=512, top_k=4, device="cpu")
+    ),
     "run": lambda p, t, m: run(whole_run(p, m), t / "out"),
     "compare": lambda p, t, m: compare(comparison(p, m), t / "out"),
     "heal, student": lambda p, t, m: heal(p, t, m, "good"),

@@ -141,14 +141,10 @@ def heal(options: HealOptions, json: bool) -> None:
     """Continue training a compressed model by distillation from the original."""
     from kronfold.jobs.heal import heal_to
 
-    device = t.prepare(options.device, options.seed)
+    t.prepare(options.device, options.seed)
+    chosen = options.model_copy(update={"teacher": t.resolve_model(options.teacher)})
     with t.progress_bar() as report:
-        document = heal_to(
-            options.model, t.resolve_model(options.teacher), options.train_text, options.output, options.healing,
-            eval_text=options.eval_text, protocol=options.protocol, seed=options.seed, device=device,
-            dtype=options.dtype, offline_teacher=options.offline_teacher, reading=t.reading(options),
-            resume=options.resume, overwrite=options.overwrite, report=report,
-        )  # fmt: skip
+        document = heal_to(chosen, report=report)
     t.emit(document, json, _saved(document, options.output))
 
 

@@ -112,13 +112,10 @@ def teach(options: TeachOptions, json: bool) -> None:
     """Run a teacher once over a text and store its likeliest tokens, for `kronfold heal --offline-teacher`."""
     from kronfold.jobs.teach import teach_to
 
-    device = t.prepare(options.device)
-    alike = ("tokens", "temperature", "block_size", "batch_size", "resume", "overwrite")
+    t.prepare(options.device)
+    chosen = options.model_copy(update={"model": t.resolve_model(options.model)})
     with t.progress_bar() as report:
-        document = teach_to(
-            t.resolve_model(options.model), options.train_text, options.output, k=options.top_k, device=device,
-            reading=t.reading(options), report=report, **{name: getattr(options, name) for name in alike},
-        )  # fmt: skip
+        document = teach_to(chosen, report=report)
     t.emit(
         document,
         json,

@@ -129,7 +129,7 @@ def reading(options: ReadsText) -> Any:
     """How text sources are read. Raises InputError."""
     from kronfold.data.bad_rows import Reading
 
-    return Reading(options.text_column, options.max_bad_rows)
+    return Reading.of(options)
 
 
 def calibration_or_own(texts: list[str]) -> list[str]:
