@@ -19,10 +19,12 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def _options(path: str) -> str:
     """One table of a pydantic class: field, type, default, help."""
+    from kronfold.options import fields_of
+
     module, name = path.split(":")
     cls = getattr(importlib.import_module(module), name)
     rows = ["| name | type | default | what it says |", "|---|---|---|---|"]
-    for field, about in cls.model_fields.items():
+    for field, about in fields_of(cls).items():
         default = "required" if about.is_required() else f"`{about.get_default(call_default_factory=True)!r}`"
         if len(default) > 60:
             default = "see the class"
@@ -50,15 +52,12 @@ def _commands(_: str | None) -> str:
         for parameter in command.params:
             if parameter.name == "help" or getattr(parameter, "hidden", False):
                 continue
-            words = parameter.metavar or parameter.name.upper()
-            spelling = ", ".join(f"`{o}`" for o in (*parameter.opts, *parameter.secondary_opts))
-            if parameter.param_type_name == "argument":
-                spelling = f"`{words}`"
-            default = parameter.default
-            shown = (
-                "" if default is None or callable(default) or default in ("", (), False) else f" Default: `{default}`."
-            )
-            panel = getattr(parameter, "rich_help_panel", None) or "Options"
+            argument = parameter.param_type_name == "argument"
+            words = [parameter.metavar] if argument else [*parameter.opts, *parameter.secondary_opts]
+            spelling = ", ".join(f"`{word}`" for word in words)
+            shown = f" Default: `{parameter.default}`." if parameter.default and parameter.show_default else ""
+            shown = " Default: `0`." if parameter.default == 0 and parameter.default is not False else shown
+            panel = parameter.rich_help_panel or "Arguments"
             text = _cell(getattr(parameter, "help", None) or "")
             panels.setdefault(panel, []).append(f"| {spelling} | {text}{shown} |")
         for panel, rows in panels.items():

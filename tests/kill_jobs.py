@@ -40,7 +40,7 @@ from kronfold.jobs.pretrain import PretrainConfig, pretrain
 from kronfold.jobs.run import RunOptions, run
 from kronfold.jobs.stream import compress_streaming
 from kronfold.jobs.teach import teach_to
-from kronfold.options.healing import HealConfig
+from kronfold.options.healing import HealConfig, HealOptions, TeachOptions
 from kronfold.train.classify import FineTuneConfig
 from test_export_published_tq import published, state_of
 
@@ -75,10 +75,11 @@ Go = Callable[[Path, Path, int, bool, bool], Any]
 
 def _heal(place: Path, out: Path, seed: int, resume: bool, overwrite: bool) -> None:
     recipe = HealConfig(tokens=4 * 2 * 64, batch_size=2)
-    heal_to(
-        str(place / "small"), str(place / "model"), str(place / "train.txt"), out, recipe,
-        eval_text=str(place / "eval.txt"), seed=seed, resume=resume, overwrite=overwrite,
+    options = HealOptions(
+        model=place / "small", teacher=place / "model", train_text=place / "train.txt", eval_text=place / "eval.txt",
+        output=out, healing=recipe, seed=seed, device="cpu", resume=resume, overwrite=overwrite,
     )  # fmt: skip
+    heal_to(options)
 
 
 def _run(place: Path, out: Path, seed: int, resume: bool, overwrite: bool) -> None:
@@ -101,9 +102,10 @@ def _finetune(place: Path, out: Path, seed: int, resume: bool, overwrite: bool) 
     options = FineTuneOptions(
         model=str(place / "model"), task="sst2", train_file=str(place / "train.tsv"),
         dev_files=(str(place / "dev.tsv"),), seeds=(seed, seed + 1),
-        settings=FineTuneConfig(epochs=1, batch_size=8, learning_rate=1e-3),
+        settings=FineTuneConfig(epochs=1, batch_size=8, learning_rate=1e-3), device="cpu",
+        output=out, resume=resume, overwrite=overwrite,
     )  # fmt: skip
-    finetune(options, out, resume=resume, overwrite=overwrite)
+    finetune(options)
 
 
 def _pretrain(place: Path, out: Path, seed: int, resume: bool, overwrite: bool) -> None:
@@ -116,10 +118,11 @@ def _pretrain(place: Path, out: Path, seed: int, resume: bool, overwrite: bool) 
 
 
 def _teach(place: Path, out: Path, seed: int, resume: bool, overwrite: bool) -> None:
-    teach_to(
-        str(place / "model"), str(place / "train.txt"), out,
-        tokens=512, k=4 + seed, batch_size=2, resume=resume, overwrite=overwrite,
+    options = TeachOptions(
+        model=place / "model", train_text=place / "train.txt", output=out, tokens=512, top_k=4 + seed, batch_size=2,
+        device="cpu", resume=resume, overwrite=overwrite,
     )  # fmt: skip
+    teach_to(options)
 
 
 def _clean(place: Path, out: Path, seed: int, resume: bool, overwrite: bool) -> None:

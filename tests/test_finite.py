@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from kronfold.export.checkpoint import write_model
 from kronfold.jobs.compare import CompareOptions, compare
 from kronfold.jobs.compress import compress_to
 from kronfold.jobs.export import export_dense
-from kronfold.jobs.finetune import FineTuneOptions, finetune
+from kronfold.jobs.finetune import finetune
 from kronfold.jobs.heal import heal_to
 from kronfold.jobs.import_tq import import_tq
 from kronfold.jobs.pretrain import pretrain
@@ -31,7 +30,8 @@ from kronfold.jobs.teach import teach_to
 from kronfold.models.calibrate import calibrate
 from kronfold.models.finite import check_finite, not_finite
 from kronfold.models.load import load_classifier, load_model
-from kronfold.options.healing import HealConfig
+from kronfold.options.finetune import FineTuneConfig, FineTuneOptions
+from kronfold.options.healing import HealConfig, HealOptions, TeachOptions
 from kronfold.train import store_teacher
 from test_pretrain import settings
 from test_pretrain import text as rows  # noqa: F401  (a fixture)
@@ -147,8 +147,12 @@ def test_documents_name_the_number(tmp_path):
 
 
 def heal(places, tmp_path, student, teacher, **options):
-    text = str(places / "text.txt")
-    return heal_to(str(places / student), str(places / teacher), text, tmp_path / "out", FIT, **options)
+    return heal_to(
+        HealOptions(
+            model=places / student, teacher=places / teacher, train_text=places / "text.txt", output=tmp_path / "out",
+            healing=FIT, device="cpu", **options,
+        )
+    )  # fmt: skip
 
 
 def comparison(places, model):
@@ -171,7 +175,9 @@ STARTS = {
         str(p / m), t / "out", "auto", calibration=[str(p / "text.txt")], changes={"windows": 2, "window": 16}
     ),
     "heal, teacher": lambda p, t, m: heal(p, t, "good", m),
-    "teach": lambda p, t, m: teach_to(str(p / m), str(p / "text.txt"), t / "out", tokens=512, k=4),
+    "teach": lambda p, t, m: teach_to(
+        TeachOptions(model=p / m, train_text=p / "text.txt", output=t / "out", tokens=512, top_k=4, device="cpu")
+    ),
     "run": lambda p, t, m: run(whole_run(p, m), t / "out"),
     "compare": lambda p, t, m: compare(comparison(p, m), t / "out"),
     "heal, student": lambda p, t, m: heal(p, t, m, "good"),
@@ -253,10 +259,12 @@ def test_imported_state_dicts(tmp_path, value, dtype, said):
 def test_fine_tuning_writes_no_infinity(places, tmp_path):
     lines = ["sentence\tlabel", *(f"the {word}\t{i % 2}" for i, word in enumerate(["fox", "dog"] * 8))]
     (tmp_path / "task.tsv").write_text("\n".join(lines))
-    options = FineTuneOptions(str(places / "wide"), "sst2", str(tmp_path / "task.tsv"), (str(tmp_path / "task.tsv"),))
-    options = replace(options, settings=replace(options.settings, epochs=1))
+    options = FineTuneOptions(
+        model=places / "wide", task="sst2", train_file=tmp_path / "task.tsv", dev_files=[tmp_path / "task.tsv"],
+        settings=FineTuneConfig(epochs=1), output=tmp_path / "out", device="cpu", dtype="float16",
+    )  # fmt: skip
     with pytest.raises(NotFiniteError, match=f"{NORM}.*become infinite in float16"):
-        finetune(options, tmp_path / "out", dtype="float16")
+        finetune(options)
     assert not (tmp_path / "out").exists()
 
 

@@ -9,13 +9,13 @@ import torch
 
 import pico
 from kronfold.base.errors import RecipeError
-from kronfold.cli.terminal import planner_changes
 from kronfold.fit.calibration import Calibration
 from kronfold.fit.fit import fit_rows, settings_of
 from kronfold.fit.sequential import compress_sequentially
 from kronfold.models.calibrate import calibrate
 from kronfold.models.linear_view import sites
 from kronfold.models.place import overwrite
+from kronfold.options.compressing import CompressOptions
 from kronfold.planner import planning
 from kronfold.planner.recipe import load_recipe
 from kronfold.structures.registry import structure_of
@@ -132,4 +132,4 @@ def test_the_option_of_the_recipe_is_the_argument_of_the_solver(teacher, windows
 def test_adapting_without_a_sequence_is_refused():
     with pytest.raises(RecipeError, match="set sequential too"):
         settings_of("auto", {"adapt": True})
-    assert planner_changes(None, None, None, True) == {"sequential": True, "adapt": True}
+    assert CompressOptions(model="m", output="o", adapt=True).changes() == {"sequential": True, "adapt": True}

@@ -108,7 +108,9 @@ def test_from_files_to_a_classifier_and_on_to_its_student(model, files, tmp_path
 def options(model, files, **changes) -> FineTuneOptions:
     settings = FineTuneConfig(epochs=2, batch_size=16, learning_rate=2e-3)
     base = {"model": str(model), "task": "sst2", "train_file": str(files[0]), "dev_files": (str(files[1]),)}
-    return FineTuneOptions(**{**base, "settings": settings, "seeds": (0, 1), **changes})
+    return FineTuneOptions(
+        **{**base, "settings": settings, "seeds": (0, 1), "device": "cpu", "output": "out", **changes}
+    )
 
 
 def without_times(document: dict) -> dict:
@@ -121,7 +123,7 @@ def weights(place) -> dict:
 
 
 def test_a_resumed_run_is_the_same_run(model, files, tmp_path) -> None:
-    whole = finetune(options(model, files), tmp_path / "whole")
+    whole = finetune(options(model, files, output=tmp_path / "whole"))
     trained = []
 
     def stop(what, done, total):
@@ -130,15 +132,15 @@ def test_a_resumed_run_is_the_same_run(model, files, tmp_path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(options(model, files), tmp_path / "cut", report=stop)
+        finetune(options(model, files, output=tmp_path / "cut"), report=stop)
     assert not (tmp_path / "cut").exists()
     with pytest.raises(InputError, match=r"unfinished run lies in .*cut\.partial.*--resume"):
-        finetune(options(model, files), tmp_path / "cut")
+        finetune(options(model, files, output=tmp_path / "cut"))
     with pytest.raises(InputError, match=r"other options \(options\)"):
-        finetune(options(model, files, max_length=9), tmp_path / "cut", resume=True)
+        finetune(options(model, files, max_length=9, output=tmp_path / "cut", resume=True))
     trained.clear()
     resumed = finetune(
-        options(model, files), tmp_path / "cut", resume=True, report=lambda *seen: trained.append(seen[0])
+        options(model, files, output=tmp_path / "cut", resume=True), report=lambda *seen: trained.append(seen[0])
     )
     assert set(trained) == {"fine-tune (seed 1)"}
     assert without_times(resumed) == without_times(whole)
@@ -156,8 +158,10 @@ def test_mnli_has_two_dev_sets(tmp_path) -> None:
     for name in ("train", "matched", "mismatched"):
         paths.append(tmp_path / f"{name}.tsv")
         paths[-1].write_text(header + body)
-    chosen = options(place, paths, task="mnli", dev_files=tuple(map(str, paths[1:])), seeds=(3,))
-    found = finetune(chosen, tmp_path / "out")
+    chosen = options(
+        place, paths, task="mnli", dev_files=tuple(map(str, paths[1:])), seeds=(3,), output=tmp_path / "out"
+    )
+    found = finetune(chosen)
     one = found["seeds"][0]
     assert set(found["summary"]) == {"accuracy_matched", "accuracy_mismatched"}
     assert one["best"]["accuracy_matched"] == one["best"]["accuracy_mismatched"] == pytest.approx(one["score"])
@@ -177,7 +181,7 @@ def test_regression_learns_a_number(tmp_path) -> None:
         paths.append(tmp_path / f"{name}.tsv")
         paths[-1].write_text("\n".join(lines))
     settings = FineTuneConfig(epochs=6, batch_size=16, learning_rate=5e-3)
-    found = finetune(options(place, paths, task="stsb", settings=settings, seeds=(0,)), tmp_path / "out")
+    found = finetune(options(place, paths, task="stsb", settings=settings, seeds=(0,), output=tmp_path / "out"))
     assert found["summary"]["pearson"]["mean"] > 0.9
     assert "label_mse" in found["seeds"][0]["epochs"][0]["losses"]
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.num_labels == 1
@@ -191,7 +195,7 @@ BAD = {
     "two dev files": (["--dev-file", "{dev}", "--dev-file", "{dev}"], "has 1 dev set.s., 2 were given"),
     "seeds": (["--seeds", "0,one"], "give whole numbers"),
     "a seed twice": (["--seeds", "1,1"], "each once"),
-    "epochs": (["--epochs", "0"], "epochs=0"),
+    "epochs": (["--epochs", "0"], r"epochs: .*given: 0"),
     "method without teacher": (["--method", "intermediate"], "give --teacher too"),
     "no such method": (["--teacher", "{model}", "--method", "intermediat"], "Did you mean 'intermediate'"),
     "no such option": (["--teacher", "{model}", "--method-option", "hiden=1"], "hiden"),
@@ -229,7 +233,7 @@ def test_a_teacher_of_another_vocabulary(model, files, tmp_path) -> None:
     )
     settings = FineTuneConfig(objective=ObjectiveConfig(kl=1.0, ce=1.0))
     with pytest.raises(InputError, match="101 tokens and the teacher 90"):
-        finetune(options(model, files, teacher=str(tmp_path / "other"), settings=settings), tmp_path / "out")
+        finetune(options(model, files, teacher=str(tmp_path / "other"), settings=settings, output=tmp_path / "out"))
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -237,7 +241,7 @@ def test_one_label_teaches_nothing(model, tmp_path) -> None:
     path = tmp_path / "train.tsv"
     path.write_text("sentence\tlabel\nthe fox\t1\nthe dog\t1\n")
     with pytest.raises(InputError, match="has one label only"):
-        finetune(options(model, (path, path)), tmp_path / "out")
+        finetune(options(model, (path, path), output=tmp_path / "out"))
 
 
 def test_without_files_the_data_set_is_asked(model, files, tmp_path, monkeypatch) -> None:
@@ -251,5 +255,6 @@ def test_without_files_the_data_set_is_asked(model, files, tmp_path, monkeypatch
 
     monkeypatch.setattr(glue, "read_dataset", rows)
     chosen = options(model, files, train_file=None, dev_files=(), seeds=(0,), settings=FineTuneConfig(epochs=1))
-    assert finetune(chosen, tmp_path / "out")["data"]["dev"]["dev"]["examples"] == 40
+    chosen = chosen.model_copy(update={"output": str(tmp_path / "out")})
+    assert finetune(chosen)["data"]["dev"]["dev"]["examples"] == 40
     assert asked == [("nyu-mll/glue", "sst2", "train"), ("nyu-mll/glue", "sst2", "validation")]

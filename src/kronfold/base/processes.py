@@ -61,6 +61,23 @@ def is_main() -> bool:
     return index() == 0
 
 
+def usable(device: str) -> str:
+    """`device`, where it is there; `auto` is CUDA if there is one, else the CPU. Raises InputError."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if ":" in device:
+        raise InputError(f"Device {device!r}: choose one GPU with CUDA_VISIBLE_DEVICES and give --device cuda.")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"Device {device!r} cannot be used here: {str(error).splitlines()[0].rstrip('.')}. Try --device cpu."
+        ) from error
+    return device
+
+
 def start(device: str = "auto") -> None:
     """Join the other processes, and take this process's own GPU unless `device` is cpu. Done once; later calls pass.
 

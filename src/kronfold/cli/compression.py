@@ -1,20 +1,27 @@
-"""Commands that make models smaller: demo, plan, compress, heal, run."""
+"""Commands that make models smaller: demo, plan, compress, heal, run, compare."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from kronfold.cli import terminal as t
+from kronfold.cli.command import add_command
+from kronfold.options.compressing import CompareOptions, CompressOptions, DemoOptions, PlanOptions, RunOptions
+from kronfold.options.healing import HealOptions
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands of this file, in the order people meet them."""
-    for command in (demo, plan, compress, heal, run):
-        app.command()(command)
+    add_command(app, DemoOptions, demo, "demo")
+    add_command(app, PlanOptions, plan, "plan")
+    add_command(app, CompressOptions, compress, "compress")
+    add_command(app, HealOptions, heal, "heal")
+    add_command(app, RunOptions, run, "run")
+    add_command(app, CompareOptions, compare, "compare")
 
 
 _DEMO = """\
@@ -26,76 +33,30 @@ dense model on those tokens, and the recipe without permutations, show what is t
 """
 
 
-def demo(
-    output: Annotated[str, typer.Option("--output", "-o", help="Where the results go.")] = "kronfold-demo",
-    heal_tokens: Annotated[int, typer.Option(help="Healing budget of each track, in tokens.")] = 200_000,
-    seed: t.Seed = 0,
-    device: t.Device = "auto",
-    overwrite: t.Overwrite = False,
-    resume: t.Resume = False,
-    json: t.Json = False,
-) -> None:
+def demo(options: DemoOptions, json: bool) -> None:
     """Two ways to the same size on the small GPT-2 inside the package. No network, about 4 minutes on 2 cores."""
     from kronfold import assets
 
     t.say(_DEMO)
-    options: dict[str, Any] = {
+    asked: dict[str, Any] = {
         "model": str(assets.teacher_path()),
         "name": "demo (the GPT-2 inside the package)",
         "recipe": "tqcompressor",
         "train_text": str(assets.heal_text()),
         "eval_text": str(assets.eval_text()),
-        "heal_tokens": heal_tokens,
+        "heal_tokens": options.heal_tokens,
         "prompt": assets.PROMPT,
         "beside": "auto",
-        "seed": seed,
     }
-    _run(options, output, device=device, dtype=None, overwrite=overwrite, resume=resume, json=json)
+    _run(options, asked, None, json)
 
 
-def plan(
-    model: t.OptionalModel = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            "--recipe",
-            "-r",
-            show_default=False,
-            help="Shipped recipe or YAML file; default: auto with a budget or calibration text, else tqcompressor.",
-        ),
-    ] = None,
-    calibration: t.Calibration = None,
-    target_params: t.TargetParams = None,
-    target_ratio: t.TargetRatio = None,
-    target_macs: t.TargetMacs = None,
-    target_bytes: t.TargetBytes = None,
-    structures: t.Structures = None,
-    calibration_windows: t.CalibrationWindows = None,
-    output: t.Output = None,
-    diff: Annotated[
-        tuple[str, str] | None, typer.Option(metavar="A B", help="Compare two saved plans.", show_default=False)
-    ] = None,
-    errors: Annotated[bool, typer.Option(help="With weights at hand, also fit them and show relative errors.")] = True,
-    train: t.Train = False,
-    heal_tokens: t.HealTokens = None,
-    batch_size: t.BatchSize = None,
-    micro_batch: t.MicroBatch = None,
-    block_size: t.BlockSize = None,
-    processes: t.Processes = 1,
-    precision: t.Precision = "bf16",
-    sharded: t.Sharded = False,
-    cache: t.Cache = True,
-    text_column: t.TextColumnName = "text",
-    max_bad_rows: t.MaxBadRows = None,
-    seed: t.Seed = 0,
-    overwrite: t.Overwrite = False,
-    json: t.Json = False,
-) -> None:
+def plan(options: PlanOptions, json: bool) -> None:
     """Show what a recipe or a budget does to a model: every matrix, exact counts, nothing changed."""
-    if diff:
-        _diff(diff, json)
+    if options.diff:
+        _diff(options.diff, json)
         return
-    if model is None:
+    if options.model is None:
         raise typer.BadParameter("give a MODEL, or two saved plans: --diff A B", param_hint="MODEL")
     from transformers import PretrainedConfig
 
@@ -108,30 +69,27 @@ def plan(
     from kronfold.planner.training import training_of
     from kronfold.report.plans import plan_table, training_table
 
-    t.prepare(seed=seed)
-    reads = [model, recipe, *(calibration or [])]
-    target = Output(output, overwrite=overwrite, inputs=reads, is_file=True) if output else None
-    source = t.resolve_model(model)
-    budget = t.budget(target_params, target_ratio, target_macs, target_bytes)
-    changes = t.planner_changes(calibration_windows, structures)
-    recipe = recipe or ("auto" if budget or calibration or changes else "tqcompressor")
+    t.prepare(seed=options.seed)
+    reads = [options.model, options.recipe, *options.calibration]
+    target = Output(options.output, overwrite=options.overwrite, inputs=reads, is_file=True) if options.output else None
+    source, budget, changes = t.resolve_model(options.model), t.budget(options), options.changes()
+    recipe = options.recipe or ("auto" if budget or options.calibration or changes else "tqcompressor")
     automatic = recipe == "auto"
     with t.progress_bar() as report:
-        weights = (errors or automatic) and not source.startswith("config:")
+        weights = (options.errors or automatic) and not source.startswith("config:")
         subject = load_model(source) if weights else load_config(source)
         made = planned(
-            subject, recipe, t.calibration_or_own(calibration) if automatic else [], budget, source=source,
-            changes=changes, reading=t.reading(text_column, max_bad_rows), errors=errors, seed=seed,
-            cache=cache_directory() if cache else None,
-            progress=report,
+            subject, recipe, t.calibration_or_own(options.calibration) if automatic else [], budget, source=source,
+            changes=changes, reading=t.reading(options), errors=options.errors, seed=options.seed,
+            cache=cache_directory() if options.cache else None, progress=report,
         )  # fmt: skip
     document = made.to_dict()
     tables: list[Any] = [plan_table(document)]
-    if train:
+    if options.train:
         document["training"] = training_of(
-            made, subject if isinstance(subject, PretrainedConfig) else subject.config, tokens=heal_tokens,
-            batch=batch_size, micro_batch=micro_batch, block=block_size, processes=processes, precision=precision,
-            sharded=sharded,
+            made, subject if isinstance(subject, PretrainedConfig) else subject.config, tokens=options.heal_tokens,
+            batch=options.batch_size, micro_batch=options.micro_batch, block=options.block_size,
+            processes=options.processes, precision=options.precision, sharded=options.sharded,
         )  # fmt: skip
         tables.append(training_table(document["training"]))
     parts = recognised(skeleton_of(subject))
@@ -151,247 +109,127 @@ def _diff(paths: tuple[str, str], json: bool) -> None:
     t.emit(document, json, diff_table(document))
 
 
-def compress(
-    model: t.Model,
-    output: Annotated[str, typer.Option("--output", "-o", help="Directory for the compressed checkpoint.")],
-    recipe: t.RecipeName = "auto",
-    plan: Annotated[
-        str | None, typer.Option(help="A saved plan to carry out instead of a recipe.", show_default=False)
-    ] = None,
-    calibration: t.Calibration = None,
-    target_params: t.TargetParams = None,
-    target_ratio: t.TargetRatio = None,
-    target_macs: t.TargetMacs = None,
-    target_bytes: t.TargetBytes = None,
-    structures: t.Structures = None,
-    calibration_windows: t.CalibrationWindows = None,
-    sequential: Annotated[
-        bool | None,
-        typer.Option(
-            "--sequential/--together",
-            help="Fit each layer to what the compressed ones before it give (slower, better where much is cut), or all "
-            "to the dense model; default: as the recipe says.",
-            show_default=False,
-        ),
-    ] = None,
-    adapt: Annotated[
-        bool | None,
-        typer.Option("--adapt", help="In sequence, also refit the layers that stay dense.", show_default=False),
-    ] = None,
-    stream: Annotated[
-        bool,
-        typer.Option(
-            "--stream",
-            help="Work block by block from the files of a local checkpoint into new ones, for models that do not fit "
-            "into memory; recipes of fixed shapes, no calibration text.",
-        ),
-    ] = False,
-    cache: t.Cache = True,
-    text_column: t.TextColumnName = "text",
-    max_bad_rows: t.MaxBadRows = None,
-    seed: t.Seed = 0,
-    dtype: t.Dtype = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="With --stream: continue after the last block done.")
-    ] = False,
-    overwrite: t.Overwrite = False,
-    json: t.Json = False,
-) -> None:
-    """Make a model smaller and save it, without healing: planned for a budget and fitted to text, unless told other."""
+def compress(options: CompressOptions, json: bool) -> None:
+    """Make a model smaller and save it, without healing: by default planned for a budget and fitted to text."""
     from kronfold.base.files import cache_directory
     from kronfold.jobs.compress import compress_to
     from kronfold.jobs.stream import check_options, compress_streaming
 
-    t.prepare(seed=seed)
-    budget = t.budget(target_params, target_ratio, target_macs, target_bytes)
-    changes = t.planner_changes(calibration_windows, structures, sequential, adapt)
-    check_options(stream, resume, changes)
-    if stream:
-        with t.progress_bar() as report:
-            document = compress_streaming(
-                t.resolve_model(model), output, recipe, plan, calibration or [], budget, seed=seed, dtype=dtype,
-                resume=resume, overwrite=overwrite, progress=report,
-            )  # fmt: skip
-        t.emit(document, json, _saved(document, output))
-        return
-    needs_text = recipe == "auto" and plan is None
-    texts = t.calibration_or_own(calibration) if needs_text else calibration or []
+    t.prepare(seed=options.seed)
+    source, budget, changes = t.resolve_model(options.model), t.budget(options), options.changes()
+    check_options(options.stream, options.resume, changes)
+    shared: dict[str, Any] = {"seed": options.seed, "dtype": options.dtype, "overwrite": options.overwrite}
+    texts = options.calibration
+    if not options.stream and options.recipe == "auto" and options.plan is None:
+        texts = t.calibration_or_own(texts)
     with t.progress_bar() as report:
-        document = compress_to(
-            t.resolve_model(model), output, recipe, plan, texts, budget, changes=changes,
-            reading=t.reading(text_column, max_bad_rows),
-            cache=cache_directory() if cache else None, seed=seed, dtype=dtype, overwrite=overwrite,
-            progress=report,
-        )  # fmt: skip
-    t.emit(document, json, _saved(document, output))
+        shared["progress"] = report
+        if options.stream:
+            document = compress_streaming(
+                source, options.output, options.recipe, options.plan, texts, budget, resume=options.resume, **shared
+            )
+        else:
+            document = compress_to(
+                source, options.output, options.recipe, options.plan, texts, budget, changes=changes,
+                reading=t.reading(options), cache=cache_directory() if options.cache else None, **shared,
+            )  # fmt: skip
+    t.emit(document, json, _saved(document, options.output))
 
 
-def heal(
-    model: Annotated[
-        str, typer.Argument(metavar="STUDENT", help="Directory of the compressed model.", show_default=False)
-    ],
-    teacher: Annotated[str, typer.Option(help="The original model to learn from.")],
-    train_text: t.Text,
-    output: Annotated[str, typer.Option("--output", "-o", help="Directory for the healed checkpoint.")],
-    eval_text: Annotated[str | None, typer.Option(help="Text to measure on, before and after.")] = None,
-    heal_tokens: Annotated[int, typer.Option(help="Training budget in tokens.")] = 10_000_000,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate (AdamW, cosine).")] = 5e-4,
-    batch_size: Annotated[int, typer.Option(help="Windows per step, over all processes.")] = 16,
-    micro_batch: t.MicroBatch = None,
-    offline_teacher: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            help="What `kronfold teach` stored of TEACHER on this text; the teacher is then not run.",
-            show_default=False,
-        ),
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="Temperature of the KL term.")] = 1.0,
-    ce: Annotated[float, typer.Option(help="Weight of the cross entropy with the text.")] = 0.1,
-    kl: Annotated[float, typer.Option(help="Weight of the divergence from the teacher.")] = 1.0,
-    method: Annotated[
-        str,
-        typer.Option(help="Distillation method: kd, intermediate, rail, ...; see docs/distillation.md."),
-    ] = "kd",
-    method_option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="An option of the method; may be repeated.", show_default=False),
-    ] = None,
-    protocol: Annotated[str, typer.Option(help="Perplexity protocol: sliding or paper.")] = "sliding",
-    text_column: t.TextColumnName = "text",
-    max_bad_rows: t.MaxBadRows = None,
-    seed: t.Seed = 0,
-    device: t.Device = "auto",
-    dtype: t.Dtype = None,
-    resume: t.Resume = False,
-    overwrite: t.Overwrite = False,
-    json: t.Json = False,
-) -> None:
+def heal(options: HealOptions, json: bool) -> None:
     """Continue training a compressed model by distillation from the original."""
     from kronfold.jobs.heal import heal_to
-    from kronfold.options import read
-    from kronfold.options.healing import HealConfig
 
-    device = t.prepare(device, seed)
-    recipe = read(
-        HealConfig,
-        {
-            "tokens": heal_tokens,
-            "learning_rate": learning_rate,
-            "batch_size": batch_size,
-            "micro_batch": micro_batch,
-            "objective": {
-                **t.named_values(method_option, "--method-option"),
-                "ce": ce,
-                "kl": kl,
-                "temperature": temperature,
-                "method": method,
-            },
-        },
-        "These options",
-    )
+    t.prepare(options.device, options.seed)
+    chosen = options.model_copy(update={"teacher": t.resolve_model(options.teacher)})
     with t.progress_bar() as report:
-        document = heal_to(
-            model, t.resolve_model(teacher), train_text, output, recipe, eval_text=eval_text, protocol=protocol,
-            seed=seed, device=device, dtype=dtype, offline_teacher=offline_teacher,
-            reading=t.reading(text_column, max_bad_rows), resume=resume, overwrite=overwrite, report=report,
-        )  # fmt: skip
-    t.emit(document, json, _saved(document, output))
+        document = heal_to(chosen, report=report)
+    t.emit(document, json, _saved(document, options.output))
 
 
-def run(
-    model: t.Model,
-    train_text: t.Text,
-    eval_text: t.Text,
-    output: Annotated[str, typer.Option("--output", "-o", help="Directory for checkpoint, results.json and report.")],
-    recipe: t.RecipeName = "tqcompressor",
-    heal_tokens: t.HealTokens = None,
-    calibration: t.Calibration = None,
-    target_params: t.TargetParams = None,
-    target_ratio: t.TargetRatio = None,
-    target_macs: t.TargetMacs = None,
-    target_bytes: t.TargetBytes = None,
-    cache: t.Cache = True,
-    protocol: Annotated[str, typer.Option(help="Perplexity protocol: sliding or paper.")] = "sliding",
-    controls: Annotated[
-        str,
-        typer.Option(help="dense (fine-tune the teacher alike), plain (no permutations), or none; comma-separated."),
-    ] = "dense,plain",
-    block_size: t.BlockSize = None,
-    micro_batch: t.MicroBatch = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="Start of the text samples in the report.", show_default=False)
-    ] = None,
-    text_column: t.TextColumnName = "text",
-    max_bad_rows: t.MaxBadRows = None,
-    seed: t.Seed = 0,
-    device: t.Device = "auto",
-    dtype: t.Dtype = None,
-    resume: t.Resume = False,
-    overwrite: t.Overwrite = False,
-    json: t.Json = False,
-) -> None:
+def run(options: RunOptions, json: bool) -> None:
     """The whole job: compress in the recipe's stages, heal each, measure with controls, save, report."""
     from kronfold.base.files import cache_directory
     from kronfold.jobs.run import check_controls
 
-    options: dict[str, Any] = {
-        "model": t.resolve_model(model),
-        "name": model,
-        "recipe": recipe,
-        "train_text": train_text,
-        "eval_text": eval_text,
-        "heal_tokens": heal_tokens,
-        "calibration": calibration or [],
-        "budget": t.budget(target_params, target_ratio, target_macs, target_bytes),
-        "cache": str(cache_directory()) if cache else None,
-        "reading": t.reading(text_column, max_bad_rows),
-        "protocol": protocol,
-        "block_size": block_size,
-        "micro_batch": micro_batch,
-        "prompt": prompt,
-        "seed": seed,
-        "controls": check_controls([name for name in controls.split(",") if name not in ("", "none")]),
+    alike = ("recipe", "train_text", "eval_text", "heal_tokens", "calibration", "protocol", "block_size")
+    asked = {name: getattr(options, name) for name in (*alike, "micro_batch", "prompt")}
+    asked |= {
+        "model": t.resolve_model(options.model),
+        "name": options.model,
+        "budget": t.budget(options),
+        "cache": str(cache_directory()) if options.cache else None,
+        "reading": t.reading(options),
+        "controls": check_controls([name for name in options.controls if name != "none"]),
     }
-    _run(options, output, device=device, dtype=dtype, overwrite=overwrite, resume=resume, json=json)
+    _run(options, asked, options.dtype, json)
 
 
-def _run(
-    options: dict[str, Any],
-    output: str,
-    *,
-    device: str,
-    dtype: str | None,
-    overwrite: bool,
-    resume: bool,
-    json: bool,
-) -> None:
+def _run(options: DemoOptions | RunOptions, asked: dict[str, Any], dtype: str | None, json: bool) -> None:
     from kronfold.base import processes
     from kronfold.base.output import check_output
 
-    if processes.is_main() and not resume:
-        check_output(output, overwrite)
-    from kronfold.jobs.run import RunOptions
-    from kronfold.jobs.run import run as run_recipe
+    output = options.output
+    if processes.is_main() and not options.resume:
+        check_output(output, options.overwrite)
+    from kronfold.jobs import run as job
     from kronfold.models.load import read_dtype
     from kronfold.report.page import write_report
     from kronfold.report.tables import run_summary
 
-    device = t.prepare(device, options["seed"])
-    options |= {
-        "device": device,
-        "dtype": read_dtype(dtype) if dtype else None,
-        "command": shlex.join(["kronfold", *sys.argv[1:]]),
-    }
+    chosen = job.RunOptions(
+        **asked,
+        seed=options.seed,
+        device=t.prepare(options.device, options.seed),
+        dtype=read_dtype(dtype) if dtype else None,
+        command=shlex.join(["kronfold", *sys.argv[1:]]),
+    )
     with t.progress_bar() as report:
-        document = run_recipe(
-            RunOptions(**options), output, resume=resume, overwrite=overwrite, report=report,
+        document = job.run(
+            chosen, output, resume=options.resume, overwrite=options.overwrite, report=report,
             finish=lambda found, place: write_report(found, place / "report.html"),
         )  # fmt: skip
     t.emit(document, json, run_summary(document))
     beside = document.get("beside")
     also = f", {beside['recipe']['name']}'s checkpoint in {output}/{beside['checkpoint']}/" if beside else ""
     t.say(f"Checkpoint, results.json and report.html are in {output}/{also}")
+
+
+def compare(options: CompareOptions, json: bool) -> None:
+    """Bring every recipe to one size, heal all on the same tokens, measure them beside the dense controls.
+
+    Rows stand in OUTPUT.partial/result as they are done; --resume goes on there, and may add recipes to a finished one.
+    """
+    from kronfold.base.output import check_output
+
+    check_output(options.output, options.overwrite, allow_existing=options.resume)
+    from kronfold.base.files import cache_directory
+    from kronfold.evaluate.texts import named_texts
+    from kronfold.jobs import compare as job
+    from kronfold.report.comparison import comparison_table
+    from kronfold.report.page import write_comparison
+
+    device = t.prepare(options.device, options.seed)
+    alike = ("train_text", "lambada", "heal_tokens", "objective", "calibration", "protocol", "block_size", "seed")
+    chosen = job.CompareOptions(
+        **{name: getattr(options, name) for name in alike},
+        model=t.resolve_model(options.model),
+        name=options.model,
+        recipes=list(options.recipes),
+        eval_texts=named_texts(options.eval_text),
+        budget=t.budget(options),
+        cache=str(cache_directory()) if options.cache else None,
+        reading=t.reading(options),
+        device=device,
+        command=shlex.join(["kronfold", *sys.argv[1:]]),
+    )
+    with t.progress_bar() as progress:
+        document = job.compare(
+            chosen, options.output, resume=options.resume, overwrite=options.overwrite, report=progress,
+            finish=write_comparison,
+        )  # fmt: skip
+    t.emit(document, json, comparison_table(document))
+    t.say(f"results.json, table.md, report.html and a checkpoint per row are in {options.output}/")
 
 
 def _saved(document: dict[str, Any], output: str) -> str:

@@ -15,7 +15,7 @@ import typer
 from kronfold import __version__
 from kronfold.base import processes
 from kronfold.base.errors import InputError, Interrupted, KronfoldError
-from kronfold.cli import comparison, compression, conversion, finetuning, inspection, preparation
+from kronfold.cli import compression, measuring, preparation
 from kronfold.cli.terminal import err, interrupted_line, interruptible
 
 app = typer.Typer(
@@ -54,7 +54,7 @@ def _root(
         )
 
 
-for room in (compression, comparison, inspection, finetuning, conversion, preparation):
+for room in (compression, measuring, preparation):
     room.add_to(app)
 
 

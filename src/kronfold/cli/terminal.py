@@ -10,9 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,93 +26,11 @@ from rich.progress import Progress as Bars
 from kronfold.base import processes
 from kronfold.base.errors import Interrupted
 from kronfold.base.progress import Progress, State
+from kronfold.options.shared import ReadsText, SizeBudget
 from kronfold.report import numbers
 
 out = Console()
 err = Console(stderr=True)
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="A directory, a hub id, a .gguf file, config:NAME, or demo.", show_default=False
-    ),
-]
-OptionalModel = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="MODEL", help="A directory, a hub id, a .gguf file, config:NAME, or demo.", show_default=False
-    ),
-]
-Cache = Annotated[
-    bool, typer.Option(help="Keep calibration statistics in $KRONFOLD_CACHE (~/.cache/kronfold) for the next budget.")
-]
-Output = Annotated[str | None, typer.Option("--output", "-o", help="Where the result goes.", show_default=False)]
-RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes CUDA if there is one.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="float32, float16 or bfloat16 of the saved weights; default: as in MODEL.", show_default=False),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
-MicroBatch = Annotated[
-    int | None,
-    typer.Option(help="The most windows a process takes at once; changes memory only.", show_default=False),
-]
-Train = Annotated[bool, typer.Option("--train", help="Also what healing takes: memory per device, tokens, steps.")]
-HealTokens = Annotated[
-    int | None,
-    typer.Option(help="Healing budget over all stages; default: the recipe's own.", show_default=False),
-]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(help="With --train: windows per step, over all processes; default: the recipe's.", show_default=False),
-]
-BlockSize = Annotated[int | None, typer.Option(help="Training window in tokens.", show_default=False)]
-Processes = Annotated[int, typer.Option(help="With --train: processes, one for each device.")]
-Precision = Annotated[str, typer.Option(help="With --train: bf16 or fp32 matrix products.")]
-Sharded = Annotated[bool, typer.Option("--sharded", help="With --train: the student split over the processes (FSDP2).")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
-Calibration = Annotated[
-    list[str] | None,
-    typer.Option(help="Text to fit the layers to, like what the model will read; may be repeated.", show_default=False),
-]
-CalibrationWindows = Annotated[
-    int | None, typer.Option(help="Windows of calibration text; default: the recipe's (128).", show_default=False)
-]
-Structures = Annotated[
-    str | None,
-    typer.Option(help="What the planner may choose: low_rank, kronecker; comma-separated.", show_default=False),
-]
-TargetParams = Annotated[str | None, typer.Option(help="Budget in held parameters, e.g. 81M.", show_default=False)]
-TargetRatio = Annotated[
-    float | None, typer.Option(help="Budget as a share of the held parameters, e.g. 0.65.", show_default=False)
-]
-TargetMacs = Annotated[
-    str | None, typer.Option(help="Budget in multiply-accumulates per token, e.g. 60M.", show_default=False)
-]
-TargetBytes = Annotated[str | None, typer.Option(help="Budget in bytes in fp16, e.g. 160MB.", show_default=False)]
-Text = Annotated[
-    str,
-    typer.Option(
-        help=".txt, .jsonl or .parquet (also .gz, .zst), a directory of them, or a datasets id: ID, ID:CONFIG@SPLIT."
-    ),
-]
-TextColumnName = Annotated[
-    str,
-    typer.Option(
-        "--text-column", help="Column of the text in rows; several, comma-separated: the first that a row has."
-    ),
-]
-MaxBadRows = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N|N%",
-        help="Rows without text that are skipped at most; default: 100 or 1%, whichever is more, and below half.",
-        show_default=False,
-    ),
-]
 
 
 def emit(document: dict[str, Any], as_json: bool, *readable: Any) -> None:
@@ -198,32 +115,24 @@ def _told(state: State) -> list[str]:
     return [*([] if loss is None else [f"loss {loss:.3f}"]), *([] if pace is None else [f"{pace:,.0f} tokens/s"])]
 
 
-def budget(params: str | None, ratio: float | None, macs: str | None, bytes_: str | None) -> Any:
+def budget(options: SizeBudget) -> Any:
     """The budget asked for, or None. Raises InputError for more than one, or one that is no number."""
-    if params is None and ratio is None and macs is None and bytes_ is None:
+    targets = options.targets()
+    if not targets:
         return None
     from kronfold.planner.budget import Budget
 
-    return Budget.parse(params, ratio, macs, bytes_)
+    return Budget.parse(*(targets.get(unit) for unit in ("params", "ratio", "macs", "bytes")))
 
 
-def reading(text_column: str, max_bad_rows: str | None) -> Any:
+def reading(options: ReadsText) -> Any:
     """How text sources are read. Raises InputError."""
     from kronfold.data.bad_rows import Reading
 
-    return Reading(text_column, max_bad_rows)
+    return Reading.of(options)
 
 
-def one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
-    """`value` if it is allowed. Raises InputError with the nearest names."""
-    from kronfold.base.errors import InputError, suggest
-
-    if value not in allowed:
-        raise InputError(f"{option} {value!r} is unknown. {suggest(value, allowed)}")
-    return value
-
-
-def calibration_or_own(texts: list[str] | None) -> list[str]:
+def calibration_or_own(texts: list[str]) -> list[str]:
     """The given texts; without any, the prose that ships with the package, and a line that says so."""
     if texts:
         return texts
@@ -231,39 +140,6 @@ def calibration_or_own(texts: list[str] | None) -> list[str]:
 
     say("No --calibration text: fitting to the documentation prose inside the package. Text like yours fits better.")
     return [str(assets.heal_text())]
-
-
-def planner_changes(
-    windows: int | None, structures: str | None, sequential: bool | None = None, adapt: bool | None = None
-) -> dict[str, Any]:
-    """Fields of a recipe's `auto` entry that the command changes; adapting is done in sequence."""
-    changes = {
-        "windows": windows,
-        "structures": structures.split(",") if structures else None,
-        "sequential": True if adapt and sequential is None else sequential,
-        "adapt": adapt,
-    }
-    return {key: value for key, value in changes.items() if value is not None}
-
-
-def named_values(pairs: list[str] | None, option: str) -> dict[str, Any]:
-    """`["hidden=1", "teacher_layers=[0, 2]"]` as a dict; values are read as YAML. Raises InputError for other forms."""
-    import yaml
-
-    from kronfold.base.errors import InputError
-
-    found: dict[str, Any] = {}
-    for pair in pairs or []:
-        name, equals, value = pair.partition("=")
-        if not (name and equals and value):
-            raise InputError(f"{option} {pair!r} must be NAME=VALUE, such as {option} hidden=1.")
-        if name in found:
-            raise InputError(f"{option} names {name!r} twice; give it once.")
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"{option} {pair!r}: {value!r} cannot be read as a number, word or [list].") from error
-    return found
 
 
 @contextlib.contextmanager
@@ -302,28 +178,15 @@ def interrupted_line(stop: Interrupted, arguments: Sequence[str]) -> str:
 
 def prepare(device: str = "cpu", seed: int | None = None) -> str:
     """Quieten the libraries, set the seed, and resolve the device. Raises InputError for one that is not there."""
-    import torch
     from transformers import set_seed
     from transformers.utils import logging
-
-    from kronfold.base.errors import InputError
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     processes.start(device)
     if seed is not None:
         set_seed(seed)
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if ":" in device:
-        raise InputError(f"Device {device!r}: choose one GPU with CUDA_VISIBLE_DEVICES and give --device cuda.")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"Device {device!r} cannot be used here: {str(error).splitlines()[0].rstrip('.')}. Try --device cpu."
-        ) from error
-    return device
+    return processes.usable(device)
 
 
 def resolve_model(name: str) -> str:

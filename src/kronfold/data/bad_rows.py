@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kronfold.base.errors import DataError, InputError
+from kronfold.options.shared import ReadsText
 
 _ROWS = 100
 _SHARE = 0.01
@@ -29,6 +30,11 @@ class Reading:
 
     text_column: str = "text"
     max_bad_rows: str | int | None = None
+
+    @classmethod
+    def of(cls, options: ReadsText) -> Reading:
+        """As the options of a job say. Raises InputError."""
+        return cls(options.text_column, options.max_bad_rows)
 
     def __post_init__(self) -> None:
         if not all(name.strip() for name in self.text_column.split(",")):

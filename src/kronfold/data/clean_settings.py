@@ -96,7 +96,7 @@ def load_settings(source: str | Path | CleanSettings | None, **changes: Any) -> 
             raise InputError(f"Settings {source} are not valid YAML: {error}") from error
     if isinstance(document, dict):
         document = {**document, **{key: value for key, value in changes.items() if value is not None}}
-    settings = read(CleanSettings, document, "Cleaning settings")
+    settings = read(CleanSettings, document, "These cleaning settings")
     _check_names(settings)
     require("datatrove", "ftfy")
     for name in sorted({*settings.options} & {*_CLASSES}):

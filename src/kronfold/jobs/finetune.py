@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kronfold.base import results
+from kronfold.base import processes, results
 from kronfold.base.errors import DataError, InputError
 from kronfold.base.files import explain_write_errors
 from kronfold.base.job import Job
@@ -25,7 +25,8 @@ from kronfold.export.quantizer import attach
 from kronfold.models.cost import cost
 from kronfold.models.load import load_classifier, load_config, load_tokenizer, on_disk, read_dtype
 from kronfold.models.place import read_specs
-from kronfold.train.classify import FineTuneConfig, fine_tune
+from kronfold.options.finetune import FineTuneOptions
+from kronfold.train.classify import fine_tune
 from kronfold.train.trainer import check_objective
 
 RULE = (
@@ -38,31 +39,6 @@ INPUT = (
     "the longest of the batch; answer read at the last real token"
 )
 Report = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class FineTuneOptions:
-    """What one fine-tuning is made of; only an unfinished one of equal options may be resumed.
-
-    Attributes:
-        model: a causal language model or a classifier, dense or structured. task: a name of GLUE.
-        train_file, dev_files: local .tsv files (dev_files: one, or matched and mismatched of mnli); without them
-            `dataset` is asked. columns: names of the texts' columns, then the label's; empty: found by themselves.
-        teacher: a classifier of the same task, None for labels alone.
-        settings: epochs, learning rate and the like; its `objective` counts only with a teacher, its seed never.
-        seeds: one fine-tuning each. max_length: in tokens, cut to the context of the models.
-    """
-
-    model: str
-    task: str
-    train_file: str | None = None
-    dev_files: tuple[str, ...] = ()
-    dataset: str = glue.DATASET
-    columns: tuple[str, ...] = ()
-    teacher: str | None = None
-    settings: FineTuneConfig = field(default_factory=FineTuneConfig)
-    seeds: tuple[int, ...] = (0,)
-    max_length: int = 128
 
 
 @dataclass(frozen=True)
@@ -88,25 +64,21 @@ class _Bench:
 
 def finetune(
     options: FineTuneOptions,
-    output: str | Path,
     *,
     name: str | None = None,
-    device: str = "cpu",
-    dtype: str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
     report: Report = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Fine-tune by `options`; the best model, its tokenizer and results.json in `output`. Returns the document.
+    """Fine-tune by `options`; the best model, its tokenizer and results.json in their output. Returns the document.
 
-    Finished seeds lie in `<output>.partial` until the end; `resume` goes on after them. Raises InputError, DataError,
-    CheckpointError, OutputError, all before any training but for a loss that is no longer finite.
+    `name`: what the document calls the model. Finished seeds lie in `<output>.partial` until the end; `resume` goes on
+    after them. Raises InputError, DataError, CheckpointError, OutputError, all before any training but for a loss that
+    is no longer finite.
     """
-    task = _check(options)
+    task, device = _check(options), processes.usable(options.device)
     reads = [options.model, options.teacher, options.train_file, *options.dev_files]
-    with Job.open(output, "finetune", inputs=reads, resume=resume, overwrite=overwrite) as job:
-        if dtype:
-            read_dtype(dtype)
+    with Job.open(options.output, "finetune", inputs=reads, resume=options.resume, overwrite=options.overwrite) as job:
+        if options.dtype:
+            read_dtype(options.dtype)
         train, dev = _read(options, task)
         bench = _bench(options, task, train, dev)
         student, teacher = _pair(options, bench, device)
@@ -114,12 +86,12 @@ def finetune(
         files = {"model": options.model, "teacher": options.teacher}
         read = {what: on_disk(source) if source else None for what, source in files.items()}
         read |= {f"text {i}": Path(path) for i, path in enumerate(reads[2:]) if path}
-        if job.begin({"options": asdict(options), "data": data, "dtype": dtype}, **read):
+        if job.begin({"options": _shaping(options), "data": data}, **read):
             return job.document()
 
         def one_seed(seed: int) -> dict[str, Any]:
             found, model = _one_seed(options, bench, teacher, seed, device, report)
-            _save(model, bench, _dtype(options.model, dtype), job.work / f"seed-{seed}")
+            _save(model, bench, _dtype(options.model, options.dtype), job.work / f"seed-{seed}")
             return found
 
         seeds: list[dict[str, Any]] = []
@@ -140,15 +112,24 @@ def finetune(
             input={"description": INPUT, "max_length": bench.max_length},
             data=data,
             teacher={"model": Path(options.teacher).name, "dev": taught} if options.teacher else None,
-            settings=_settings(options),
+            settings=options.trained.model_dump(mode="json", exclude={"seed"}),
             **cost(student).to_dict(),
             **_summary(seeds),
             seconds=round(job.seconds(), 1),
         )
-        with explain_write_errors(output):
+        with explain_write_errors(options.output):
             shutil.copytree(job.work / f"seed-{_best(seeds)['seed']}", job.result, dirs_exist_ok=True)
         job.finish(document)
     return document
+
+
+def _shaping(options: FineTuneOptions) -> dict[str, Any]:
+    """What the result depends on: all but where and how it is made."""
+    where = {"output", "overwrite", "resume", "device", "settings"}
+    return {
+        **options.model_dump(mode="json", exclude=where),
+        "settings": options.trained.model_dump(mode="json", exclude={"seed"}),
+    }
 
 
 def _best(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -170,10 +151,6 @@ def _summary(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _check(options: FineTuneOptions) -> glue.Task:
     """The task; raises InputError for whatever can be seen without reading a file."""
     task = glue.task_of(options.task)
-    if not options.seeds or len(set(options.seeds)) != len(options.seeds):
-        raise InputError(f"Seeds {list(options.seeds)}: give one or more, each once, such as 0,1,2.")
-    if options.max_length < 2:
-        raise InputError(f"max_length is {options.max_length}; texts need at least 2 tokens, 128 is usual.")
     if bool(options.train_file) != bool(options.dev_files):
         given, lacking = ("--train-file", "--dev-file") if options.train_file else ("--dev-file", "--train-file")
         raise InputError(f"{given} was given without {lacking}. Give both, or neither to ask {options.dataset}.")
@@ -181,8 +158,7 @@ def _check(options: FineTuneOptions) -> glue.Task:
         raise InputError(f"Task {task.name} has {len(task.dev)} dev set(s), {len(options.dev_files)} were given.")
     if options.columns and not options.train_file:
         raise InputError("--columns names the columns of local files; give --train-file and --dev-file too.")
-    if Objective(options.settings.objective).needs_teacher and not options.teacher:
-        raise InputError("This method learns from a teacher: give --teacher, a classifier fine-tuned on the task.")
+    Objective(options.trained.objective)  # refuses an unknown method or option
     return task
 
 
@@ -222,7 +198,7 @@ def _pair(options: FineTuneOptions, bench: _Bench, device: str) -> tuple[PreTrai
     teacher = None
     if options.teacher:
         teacher = load_classifier(options.teacher, bench.task.outputs, trained=True, pad=bench.pad)
-    check_objective(Objective(options.settings.objective), student, teacher, seed=0)
+    check_objective(Objective(options.trained.objective), student, teacher, seed=0)
     return student, teacher.to(device) if teacher else None
 
 
@@ -234,7 +210,7 @@ def _one_seed(
         model = load_classifier(
             options.model, bench.task.outputs, labels=bench.task.labels, pad=bench.pad, device=device
         )
-    settings = options.settings.model_copy(update={"seed": seed})
+    settings = options.trained.model_copy(update={"seed": seed})
     trained = fine_tune(
         model, teacher, bench.train, collator(bench.pad), bench.measure, settings,
         device=device, progress=lambda done, total: report(f"fine-tune (seed {seed})", done, total),
@@ -266,20 +242,3 @@ def _dtype(source: str, asked: str | None) -> torch.dtype:
     """What to save in: as asked, else as the checkpoint says, else float32."""
     own = asked or getattr(load_config(source), "dtype", None) or "float32"
     return own if isinstance(own, torch.dtype) else read_dtype(str(own).removeprefix("torch."))
-
-
-def _settings(options: FineTuneOptions) -> dict[str, Any]:
-    return options.settings.model_dump(mode="json", exclude={"seed"})
-
-
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """`0,1,2` as numbers. Raises InputError."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise InputError(f"--seeds {text!r}: give whole numbers, comma-separated, such as 0,1,2.") from error
-
-
-def column_names(text: str | None) -> Sequence[str]:
-    """`question,answer,label` as names."""
-    return tuple(part.strip() for part in text.split(",")) if text else ()

@@ -22,52 +22,42 @@ from kronfold.evaluate.texts import open_text
 from kronfold.jobs.export import write_saved
 from kronfold.models.cost import cost
 from kronfold.models.load import load_model, load_tokenizer, on_disk, read_dtype
-from kronfold.options.healing import HealConfig
+from kronfold.options.healing import HealOptions
 from kronfold.train import checkpoints
 from kronfold.train.heal import HealResult, heal
 from kronfold.train.watch import check_teacher_outputs
 
 
 def heal_to(
-    student: str,
-    teacher: str,
-    train_text: str,
-    output: str | Path,
-    config: HealConfig,
-    *,
-    eval_text: str | None = None,
-    protocol: str = "sliding",
-    reading: Reading = Reading(),  # noqa: B008 - frozen
-    seed: int = 0,
-    device: str = "cpu",
-    dtype: str | None = None,
-    offline_teacher: str | Path | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    report: Callable[[str, int, int], None] = lambda what, done, total: None,
+    options: HealOptions, *, report: Callable[[str, int, int], None] = lambda what, done, total: None
 ) -> dict[str, Any]:
-    """Heal the checkpoint `student` by distillation from `teacher` and save the result in `output`.
+    """Heal the checkpoint `options.model` by distillation from its teacher and save the result in `options.output`.
 
     Trainer checkpoints live in `<output>.partial` until the end; `resume` continues from them, with another number of
-    processes too, as long as student, teacher, text and settings are the same. `reading`: how both texts are read.
-    `offline_teacher`: directory that `kronfold teach` made of `teacher` and `train_text`; `teacher` is then measured
-    but takes no part in the training, and the blocks are those stored, read as often as the budget asks for.
+    processes too, as long as student, teacher, text and settings are the same. With an `offline_teacher`, which
+    `kronfold teach` made of the same teacher and text, the teacher is measured but takes no part in the training, and
+    the blocks are those stored, read as often as the budget asks for.
     Returns the results document. Raises OutputError, CheckpointError, DataError, before training starts.
     """
-    processes.start(device)
-    reads = [student, teacher, train_text, eval_text, offline_teacher]
-    with Job.open(output, "heal", inputs=reads, resume=resume, overwrite=overwrite, together=True) as job:
-        stored = StoredTeacher(offline_teacher) if offline_teacher else None
+    processes.start(options.device)
+    student, eval_text, config = options.model, options.eval_text, options.healing
+    device, reading = processes.usable(options.device), Reading.of(options)
+    protocol = options.protocol if eval_text else None
+    reads = [student, options.teacher, options.train_text, eval_text, options.offline_teacher]
+    with Job.open(
+        options.output, "heal", inputs=reads, resume=options.resume, overwrite=options.overwrite, together=True
+    ) as job:
+        stored = StoredTeacher(options.offline_teacher) if options.offline_teacher else None
         Objective(config.objective)  # refuses an unknown method or option before anything is loaded
         if stored:
             stored.check_objective(config.objective)
         processes.split_batch(config.batch_size, config.micro_batch)
-        saved_dtype = read_dtype(dtype) if dtype else None
-        model, original = load_model(student, device=device), load_model(teacher, device=device)
+        saved_dtype = read_dtype(options.dtype) if options.dtype else None
+        model, original = load_model(student, device=device), load_model(options.teacher, device=device)
         tokenizer, teacher_cost = load_tokenizer(student), cost(original).to_dict()
         if stored:
             stored.check_teacher(original)
-        blocks = processes.on_main(lambda: _blocks(train_text, tokenizer, model, config.tokens or 0, stored, reading))
+        blocks = processes.on_main(lambda: _blocks(options, tokenizer, model, stored, reading))
         check_teacher_outputs(original, blocks[0]["input_ids"])
         measured: dict[str, Any] = {}  # of the evaluation text; each measurement reads the same
 
@@ -75,7 +65,7 @@ def heal_to(
             if eval_text is None:
                 return None
             found = perplexity(
-                subject, tokenizer, open_text(eval_text, reading), protocol,
+                subject, tokenizer, open_text(eval_text, reading), options.protocol,
                 progress=lambda done, total: report(f"evaluate {what}", done, total),
             )  # fmt: skip
             measured.update({key: getattr(found, key) for key in ("tokens", "words", "bytes", "read")})
@@ -87,11 +77,11 @@ def heal_to(
             "healing": config.model_dump(mode="json", exclude=calming),
             "train_sha256": blocks.sha256,
             "offline_teacher": stored.manifest.to_dict() if stored else None,
-            "protocol": protocol if eval_text else None,
+            "protocol": protocol,
             "reading": asdict(reading),
-            "seed": seed,
+            "seed": options.seed,
         }
-        if job.begin(facts, student=on_disk(student), teacher=on_disk(teacher), eval_text=eval_text):
+        if job.begin(facts, student=on_disk(student), teacher=on_disk(options.teacher), eval_text=eval_text):
             return job.document()
         teacher_perplexity = job.step("teacher", partial(measure, original, "the teacher"))
         before = job.step("before healing", partial(measure, model, "before healing"))
@@ -99,20 +89,20 @@ def heal_to(
         del original  # with an offline teacher its memory is free now
         healed = heal(
             model, guide, blocks,
-            config=config.model_copy(update={"seed": seed}), device=model.device,
+            config=config.model_copy(update={"seed": options.seed}), device=model.device,
             output_dir=job.work / "trainer", resume=job.resumed,
             progress=lambda step, total, _logs: report("heal", step, total),
         )  # fmt: skip
         after = measure(model, "after healing")
         document = results.document(
             "heal",
-            seed,
+            options.seed,
             model=student,
             objective=config.objective.model_dump(),
-            protocol=protocol if eval_text else None,
+            protocol=protocol,
             data={
                 "heal": {
-                    "source": Path(train_text).name,
+                    "source": Path(options.train_text).name,
                     "tokens": blocks.tokens,
                     "sha256": blocks.sha256,
                     "read": blocks.read,
@@ -130,20 +120,15 @@ def heal_to(
 
 
 def _blocks(
-    train_text: str,
-    tokenizer: Any,
-    student: PreTrainedModel,
-    tokens: int,
-    stored: StoredTeacher | None,
-    reading: Reading,
+    options: HealOptions, tokenizer: Any, student: PreTrainedModel, stored: StoredTeacher | None, reading: Reading
 ) -> TokenBlocks:
     """What to heal on; with an offline teacher its own blocks, however many the budget asks for. Raises DataError,
     InputError when the text is not that of the offline teacher.
     """
     size = min(1024, getattr(student.config, "max_position_embeddings", 1024))
-    texts = documents(train_text, **asdict(reading))
+    texts = documents(options.train_text, **asdict(reading))
     if stored is None:
-        return pack(texts, tokenizer, size, max_tokens=tokens)
+        return pack(texts, tokenizer, size, max_tokens=options.healing.tokens or 0)
     manifest = stored.manifest
     blocks = pack(texts, tokenizer, manifest.block_size, max_tokens=manifest.tokens)
     stored.beside(blocks)

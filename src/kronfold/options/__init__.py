@@ -6,9 +6,13 @@ it through `read`; Python calls it. Both name every fault at once, with the near
 
 from __future__ import annotations
 
+import inspect
+import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from kronfold.base.errors import InputError, suggest
 
@@ -40,6 +44,19 @@ class Options(BaseModel, metaclass=_NamesFaults):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _paths_are_words(cls, given: Any) -> Any:
+        def word(value: Any) -> Any:
+            return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+        if not isinstance(given, Mapping):
+            return given
+        return {
+            name: [word(one) for one in value] if isinstance(value, list | tuple) else word(value)
+            for name, value in given.items()
+        }
+
 
 T = TypeVar("T", bound=Options)
 
@@ -53,6 +70,7 @@ def option(
     metavar: str | None = None,
     argument: bool = False,
     pairs: bool = False,
+    commas: bool = False,
     **limits: Any,
 ) -> Any:
     """A field of a job's options, with what the command line has to know beside its help.
@@ -62,12 +80,19 @@ def option(
         group: the heading in `--help`: What, How, Training, Output.
         names: how the option is written, where that is not `--` and the field's name.
         metavar: what stands for the value in `--help`. argument: it stands without a name, in the order of the fields.
-        pairs: a mapping, written NAME=VALUE and repeated.
+        pairs: a mapping, written NAME=VALUE and repeated. commas: a list, written as one word with commas.
         limits: as pydantic's Field takes them (`ge`, `gt`, `le`, ...).
     """
-    cli: dict[str, Any] = {"group": group, "names": names, "metavar": metavar, "argument": argument, "pairs": pairs}
+    cli: dict[str, Any] = {"group": group, "names": names, "metavar": metavar, "argument": argument}
+    cli |= {"pairs": pairs, "commas": commas}
     made = {"default_factory": default} if callable(default) else {"default": default}
     return Field(description=help, json_schema_extra={"cli": cli}, **made, **limits)
+
+
+def fields_of(options: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Fields by name: those of the class before those of the classes that it is made of."""
+    own = [name for cls in options.__mro__ for name in inspect.get_annotations(cls) if name in options.model_fields]
+    return {name: options.model_fields[name] for name in own}
 
 
 def read(model: type[T], given: Any, label: str) -> T:
@@ -101,7 +126,8 @@ def faults_of(model: type[BaseModel], error: ValidationError, label: str) -> str
         given = "" if isinstance(entry["input"], dict | list) else f" (given: {entry['input']!r})"
         said = entry["msg"].removeprefix("Value error, ") + given
         lines.append(f"{where}: {said}" if where else said)
-    return f"{label} has {len(lines)} fault{'s' * (len(lines) > 1)}:\n  " + "\n  ".join(lines)
+    verb = "have" if label.startswith("These ") else "has"
+    return f"{label} {verb} {len(lines)} fault{'s' * (len(lines) > 1)}:\n  " + "\n  ".join(lines)
 
 
 def _fields_at(model: type[BaseModel], location: list[Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""How a student heals: budget, optimiser, schedule, and what it is trained on."""
+"""How a student heals: budget, optimiser, schedule, and what it is trained on; the jobs heal and teach."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_serializer, model_validator
 
 from kronfold.base.errors import suggest
-from kronfold.options import Options
+from kronfold.options import Options, option
+from kronfold.options.shared import (
+    Measured,
+    OfModel,
+    OnBlocks,
+    OnDevice,
+    ReadsText,
+    Resumable,
+    SavedAs,
+    Seeded,
+    output,
+    text,
+)
 
 # Names of transformers.SchedulerType that need no arguments of their own and watch no evaluation (a test compares).
 SCHEDULES = (
@@ -33,16 +45,31 @@ class ObjectiveConfig(Options):
     Which there are is known to the method: `distill.Objective` refuses unknown ones before anything is trained.
     """
 
-    kl: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="Weight of T² KL(teacher ‖ student), a mean over tokens."
+    kl: float = option(
+        1.0,
+        "Weight of T² KL(teacher ‖ student), a mean over tokens.",
+        group="Training",
+        ge=0,
+        allow_inf_nan=False,
     )
-    ce: float = Field(0.1, ge=0, allow_inf_nan=False, description="Weight of the cross entropy with the text.")
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="T of the KL term; 1 to 4 is usual.")
+    ce: float = option(
+        0.1, "Weight of the cross entropy with the text or the labels.", group="Training", ge=0, allow_inf_nan=False
+    )
+    temperature: float = option(1.0, "T of the KL term; 1 to 4 is usual.", group="Training", gt=0, allow_inf_nan=False)
     chunk_tokens: int = Field(
         1024, ge=1, description="Tokens whose logits are alive at a time; changes memory and speed, not the result."
     )
-    method: str = Field("kd", description="Distillation method: kd, intermediate, rail, ...; see the docs on healing.")
-    options: Mapping[str, Any] = Field(default_factory=dict, description="Options of the method, by name.")
+    method: str = option(
+        "kd", "Distillation method: kd, intermediate, rail, ...; see docs/distillation.md.", group="Training"
+    )
+    options: Mapping[str, Any] = option(
+        dict,
+        "An option of the method; may be repeated.",
+        group="Training",
+        names=("--method-option",),
+        metavar="NAME=VALUE",
+        pairs=True,
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -91,24 +118,31 @@ class ObjectiveConfig(Options):
 class HealConfig(Options):
     """Budget, optimiser and objective of a healing. In recipes, `--heal-tokens` rescales the budgets of all stages."""
 
-    tokens: int | None = Field(
-        None, ge=1, description="Training budget in tokens, rounded up to whole steps. Give this or steps."
-    )
-    steps: int | None = Field(None, ge=1, description="Training budget in optimiser steps.")
-    batch_size: int = Field(
-        16, ge=1, description="Blocks per optimiser step, in all, however many processes share them."
-    )
-    micro_batch: int | None = Field(
+    tokens: int | None = option(
         None,
+        "Training budget in tokens, rounded up to whole steps.",
+        group="Training",
+        names=("--heal-tokens",),
         ge=1,
-        description="The most blocks a process takes through the models at once; changes speed and memory only. "
-        "Default: its whole share of the step.",
     )
-    learning_rate: float = Field(5e-4, gt=0, allow_inf_nan=False, description="Peak learning rate of AdamW.")
-    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps over which the learning rate rises.")
-    schedule: str = Field("cosine", description="Schedule after the warm-up; cosine falls to 0 at the last step.")
-    weight_decay: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="Weight decay of AdamW; never on biases and norms."
+    steps: int | None = Field(None, ge=1, description="Training budget in optimiser steps; give this or tokens.")
+    batch_size: int = option(
+        16, "Blocks per optimiser step, in all, however many processes share them.", group="Training", ge=1
+    )
+    micro_batch: int | None = option(
+        None,
+        "The most blocks a process takes through the models at once; changes speed and memory only. Default: its "
+        "whole share of the step.",
+        group="Training",
+        ge=1,
+    )
+    learning_rate: float = option(5e-4, "Peak learning rate of AdamW.", group="Training", gt=0, allow_inf_nan=False)
+    warmup: float = option(0.05, "Share of the steps over which the learning rate rises.", group="Training", ge=0, lt=1)
+    schedule: str = option(
+        "cosine", "Schedule after the warm-up; cosine falls to 0 at the last step.", group="Training"
+    )
+    weight_decay: float = option(
+        0.0, "Weight decay of AdamW; never on biases and norms.", group="Training", ge=0, allow_inf_nan=False
     )
     max_grad_norm: float = Field(
         1.0, ge=0, allow_inf_nan=False, description="Gradients are scaled down to this norm; 0 leaves them."
@@ -148,3 +182,33 @@ class HealConfig(Options):
     def steps_for(self, tokens_per_step: int) -> int:
         """Optimiser steps of the budget: `steps`, or ceil(tokens / tokens_per_step)."""
         return self.steps if self.steps is not None else math.ceil((self.tokens or 0) / tokens_per_step)
+
+
+class HealOptions(Resumable, Measured, ReadsText, Seeded, OnDevice, SavedAs):
+    """A compressed checkpoint healed by its original: `kronfold heal`."""
+
+    model: str = option(..., "Directory of the compressed model.", argument=True, metavar="STUDENT")
+    teacher: str = option(..., "The original model to learn from.")
+    train_text: str = text()
+    eval_text: str | None = option(None, "Text to measure on, before and after.")
+    output: str = output("Directory for the healed checkpoint.")
+    offline_teacher: str | None = option(
+        None,
+        "What `kronfold teach` stored of TEACHER on this text; the teacher is then not run.",
+        group="How",
+        metavar="DIR",
+    )
+    healing: HealConfig = Field(HealConfig(tokens=10_000_000), description="How it heals; give it a budget.")
+
+
+class TeachOptions(Resumable, ReadsText, OnDevice, OnBlocks, OfModel):
+    """A teacher run once over a text, its likeliest tokens stored: `kronfold teach`."""
+
+    train_text: str = text()
+    tokens: int = option(..., "How many tokens of the text; a healing may read them several times.", ge=1)
+    output: str = output("Directory for what the teacher says.")
+    top_k: int = option(64, "Tokens kept of each position; all others are one bucket.", group="How", ge=1)
+    temperature: float = option(
+        1.0, "Temperature of the KL term that will learn from it.", group="Training", gt=0, allow_inf_nan=False
+    )
+    batch_size: int = option(8, "Windows that go through the model at once.", group="How", ge=1)

@@ -1,106 +1,74 @@
-"""Commands that look and measure: eval, inspect, validate, tune."""
+"""Commands that look and measure: report, eval, inspect, validate, tune."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from kronfold.cli import terminal as t
+from kronfold.cli.command import add_command
+from kronfold.options.conversion import ReportOptions, ValidateOptions
+from kronfold.options.measuring import EvalOptions, InspectOptions, TuneOptions
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands of this file."""
-    app.command(name="eval")(evaluate)
-    app.command()(inspect)
-    app.command()(validate)
-    app.command()(tune)
+    add_command(app, ReportOptions, report, "report")
+    add_command(app, EvalOptions, evaluate, "eval")
+    add_command(app, InspectOptions, inspect, "inspect")
+    add_command(app, ValidateOptions, validate, "validate")
+    add_command(app, TuneOptions, tune, "tune")
 
 
-def evaluate(
-    model: t.Model,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--eval-text",
-            "--text",
-            help="Text to measure on; files, a directory, or a datasets id. With --suite: NAME=TEXT, may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    suite: Annotated[
-        str | None, typer.Option(help="lm: perplexity on every --text, and LAMBADA, in one pass.", show_default=False)
-    ] = None,
-    lambada: Annotated[
-        str | None, typer.Option(help="LAMBADA's passages for --suite lm, as .jsonl.", show_default=False)
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="Tasks of lm-eval instead, comma-separated (needs the extra 'harness').", show_default=False),
-    ] = None,
-    task_files: Annotated[
-        str | None, typer.Option(help="Directory of further lm-eval task files.", show_default=False)
-    ] = None,
-    protocol: Annotated[str, typer.Option(help="sliding (default) or paper; see README.")] = "sliding",
-    rows: Annotated[
-        str,
-        typer.Option(
-            help="Whether rows are the lines of one text or documents: auto (say which was found), lines, documents."
-        ),
-    ] = "auto",
-    text_column: t.TextColumnName = "text",
-    max_bad_rows: t.MaxBadRows = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Windows per forward pass; changes no number.", show_default=False)
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Take the tokenizer from another model.", show_default=False)
-    ] = None,
-    output: t.Output = None,
-    device: t.Device = "auto",
-    dtype: Annotated[str, typer.Option(help="dtype to compute in.")] = "float32",
-    overwrite: t.Overwrite = False,
-    json: t.Json = False,
-) -> None:
+def report(options: ReportOptions, json: bool) -> None:
+    """Draw the HTML page of a result file anew."""
+    from kronfold.base.output import Output
+    from kronfold.base.results import read
+    from kronfold.report.comparison import comparison_table
+    from kronfold.report.page import render, render_comparison
+    from kronfold.report.tables import run_summary
+
+    page = Output(options.output, overwrite=options.overwrite, inputs=[options.results], is_file=True)
+    document = read(options.results, "run", "compare")
+    compared = document["schema"] == "kronfold/compare"
+    page.write(render_comparison(document) if compared else render(document))
+    shown: Any = comparison_table(document) if compared else run_summary(document)
+    t.emit(document, json, shown)
+    t.say(f"The page is {options.output}")
+
+
+def evaluate(options: EvalOptions, json: bool) -> None:
     """Perplexity of a model on a text, by a named protocol; or a suite of measurements; or tasks of lm-eval."""
     from kronfold.base import processes
-    from kronfold.base.errors import InputError
     from kronfold.base.output import Output
-    from kronfold.evaluate.texts import ROWS, named_texts
+    from kronfold.evaluate.texts import named_texts
     from kronfold.jobs import evaluate as evaluation
     from kronfold.report.tables import suite_table, task_table
 
-    if suite and tasks:
-        raise InputError("--suite and --tasks are two measurements; run them one after the other.")
-    if lambada and not suite:
-        raise InputError("--lambada belongs to a suite; add --suite lm.")
-    texts = text or []
-    if not (suite or tasks) and len(texts) != 1:
-        given = f"{len(texts)} texts" if texts else "no text"
-        raise InputError(f"eval was given {given}. Give one --eval-text, or several with --suite lm --lambada PATH.")
-    device = t.prepare(device, 0)
-    reads = [model, tokenizer, lambada, task_files, *texts]
+    device = t.prepare(options.device, 0)
+    texts = options.eval_text
+    reads = [options.model, options.tokenizer, options.lambada, options.task_files, *texts]
     target = processes.on_main(
-        lambda: Output(output, overwrite=overwrite, inputs=reads, is_file=True) if output else None
+        lambda: (
+            Output(options.output, overwrite=options.overwrite, inputs=reads, is_file=True) if options.output else None
+        )
     )
-    source = t.resolve_model(model)
-    options: dict[str, Any] = {"batch_size": batch_size, "tokenizer": tokenizer, "device": device, "dtype": dtype}
-    options["name"] = model
-    measured: dict[str, Any] = {
-        "protocol": protocol,
-        "rows": t.one_of("--rows", rows, ROWS),
-        "reading": t.reading(text_column, max_bad_rows),
-    }
+    source = t.resolve_model(options.model)
+    subject: dict[str, Any] = {name: getattr(options, name) for name in ("batch_size", "tokenizer", "dtype")}
+    subject |= {"name": options.model, "device": device}
+    measured: dict[str, Any] = {"protocol": options.protocol, "rows": options.rows, "reading": t.reading(options)}
     with t.progress_bar() as report:
-        if suite:
-            named = named_texts(texts)
-            document = evaluation.evaluate_suite(source, suite, named, lambada, report=report, **measured, **options)
+        if options.suite:
+            document = evaluation.evaluate_suite(
+                source, options.suite, named_texts(texts), options.lambada, report=report, **measured, **subject
+            )
             shown: Any = suite_table(document)
-        elif tasks:
-            document = evaluation.evaluate_tasks(source, tasks.split(","), task_files, **options)
-            shown = task_table(document["results"], f"{model}, lm-eval {document['lm_eval']}")
+        elif options.tasks:
+            document = evaluation.evaluate_tasks(source, options.tasks, options.task_files, **subject)
+            shown = task_table(document["results"], f"{options.model}, lm-eval {document['lm_eval']}")
         else:
-            document = evaluation.evaluate_text(source, texts[0], report=report, **measured, **options)
+            document = evaluation.evaluate_text(source, texts[0], report=report, **measured, **subject)
             shown = _eval_lines(document)
     if target:
         processes.on_main(lambda: target.write_json(document))
@@ -131,17 +99,7 @@ def _read_line(read: dict[str, Any]) -> str:
     return ", ".join([*said, f"sha256 {read['sha256'][:12]}"])
 
 
-def inspect(
-    model: t.Model,
-    verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify",
-            help="Check every file against the hash it was written with; any result directory, also an unfinished one.",
-        ),
-    ] = False,
-    json: t.Json = False,
-) -> None:
+def inspect(options: InspectOptions, json: bool) -> None:
     """What a checkpoint holds: structures by module, sizes, multiply-accumulates, where it came from."""
     from pathlib import Path
 
@@ -157,11 +115,11 @@ def inspect(
     from kronfold.planner.planning import skeleton_of
     from kronfold.report.tables import gathers_line
 
-    source = t.resolve_model(model)
-    checked = {"verified": verified(source)} if verify else {}
-    whole = [_verified_line(checked["verified"])] if verify else []
-    if verify and not (Path(source) / "config.json").exists():
-        t.emit(results.document("inspect", None, model=model, **checked), json, *whole)
+    source = t.resolve_model(options.model)
+    checked = {"verified": verified(source)} if options.verify else {}
+    whole = [_verified_line(checked["verified"])] if options.verify else []
+    if options.verify and not (Path(source) / "config.json").exists():
+        t.emit(results.document("inspect", None, model=options.model, **checked), json, *whole)
         return
     t.prepare()
     subject = skeleton_of(load_config(source)) if source.startswith("config:") else load_model(source, dtype="auto")
@@ -170,7 +128,7 @@ def inspect(
     document = results.document(
         "inspect",
         None,
-        model=model,
+        model=options.model,
         model_type=subject.config.model_type,
         dtype=str(subject.dtype).removeprefix("torch."),
         **cost(subject).to_dict(),
@@ -179,7 +137,7 @@ def inspect(
         recognised=parts.to_dict(),
         **checked,
     )
-    table = Table("module", "structure", "spec", title=f"{model}: {len(specs)} structured modules")
+    table = Table("module", "structure", "spec", title=f"{options.model}: {len(specs)} structured modules")
     for name, spec in specs.items():
         detail = ", ".join(f"{key} {value}" for key, value in spec.items() if key != "structure")
         table.add_row(name, spec["structure"], detail)
@@ -198,59 +156,41 @@ def _verified_line(found: dict[str, Any]) -> str:
     return f"verified: {found['files']:,} files, {found['bytes']:,} bytes, all as they were written{more}"
 
 
-def validate(
-    recipe: Annotated[
-        str,
-        typer.Argument(metavar="RECIPE", help="A shipped recipe, a .yaml recipe, or a saved plan (.json)."),
-    ],
-    model: Annotated[
-        str | None, typer.Option(help="Also check that it fits this MODEL (config:gpt2 needs no weights).")
-    ] = None,
-    json: t.Json = False,
-) -> None:
+def validate(options: ValidateOptions, json: bool) -> None:
     """Check a recipe or plan and list every fault at once; exit code 2 if there is any."""
     from kronfold.base import results
     from kronfold.planner.plan import Plan
     from kronfold.planner.recipe import load_recipe
 
-    if recipe.endswith(".json"):
-        made = Plan.load(recipe)
+    if options.recipe.endswith(".json"):
+        made = Plan.load(options.recipe)
         document = results.document("validate", None, recipe=made.recipe, stages=[stage.name for stage in made.stages])
     else:
-        loaded = load_recipe(recipe)
+        loaded = load_recipe(options.recipe)
         document = results.document(
             "validate", None, recipe=loaded.name, stages=[stage.name for stage in loaded.stages]
         )
     fits = ""
-    if model:
+    if options.model:
         from kronfold.models.load import load_config
         from kronfold.planner import planning
 
         t.prepare()
-        config = load_config(t.resolve_model(model))
-        if recipe.endswith(".json"):
+        config = load_config(t.resolve_model(options.model))
+        if options.recipe.endswith(".json"):
             document["held_parameters"] = planning.check_plan(made, config).held_parameters
         else:
             document["held_parameters"] = planning.plan_of_shapes(config, loaded).held_parameters
-        fits = f" and fits {model}"
+        fits = f" and fits {options.model}"
     t.emit(document, json, f"{document['recipe']}: valid{fits}, stages {', '.join(document['stages'])}")
 
 
-def tune(
-    device: t.Device = "cpu",
-    threads: Annotated[
-        int | None,
-        typer.Option(help="Threads that models will run with; default: as torch has it.", show_default=False),
-    ] = None,
-    dtypes: Annotated[str, typer.Option(help="float32, bfloat16, float16; comma-separated.")] = "float32,bfloat16",
-    save: Annotated[bool, typer.Option(help="Keep the rates in $KRONFOLD_CACHE (~/.cache/kronfold).")] = True,
-    json: t.Json = False,
-) -> None:
+def tune(options: TuneOptions, json: bool) -> None:
     """Measure this machine for a few seconds, so that structured layers choose the fastest way to compute on it."""
     from kronfold.jobs.tune import tune as measure
     from kronfold.report.tables import simple_table
 
-    document = measure(t.prepare(device), dtypes.split(","), threads, save=save)
+    document = measure(t.prepare(options.device), options.dtypes, options.threads, save=options.save)
     table = simple_table("Nanoseconds", ("rate", *(row["dtype"] for row in document["rows"])), 1)
     for name in document["rows"][0]["rates"]:
         cells = (f"{row['rates'][name] * 1e9:.4g} ({row['built_in'][name] * 1e9:.4g})" for row in document["rows"])
