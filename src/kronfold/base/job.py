@@ -321,9 +321,8 @@ class Job:
         """Remove files or directories that step `name` left and nobody needs any more."""
 
         def work() -> None:
-            gone = {str(path.relative_to(self.work)) for path in paths}
             files = self._book["steps"][name]["files"]
-            kept = {file: facts for file, facts in files.items() if not _below(file, gone)}
+            kept = {f: facts for f, facts in files.items() if not {self.work / f, *(self.work / f).parents} & {*paths}}
             if kept != files:
                 self._book["steps"][name]["files"] = kept
                 self._write()
@@ -391,7 +390,7 @@ class Job:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self._is_main() and self._lock is not None:
-            worth = self.resumable and (bool(self.steps) or any(self._left()))
+            worth = self.resumable and (self.steps or set(files_below(self.work)) - {BOOK, LOCK})  # to go on from
             try:
                 if self.finished or (error is not None and not worth):
                     with contextlib.suppress(OSError, OutputError):  # what stays is cleared away by the next job here
@@ -400,10 +399,6 @@ class Job:
                 self._let_go()
         if isinstance(error, Interrupted) and self.begun and self.work.exists():
             error.kept = self.work
-
-    def _left(self) -> list[str]:
-        """Files that a killed job could go on from."""
-        return [name for name in files_below(self.work) if name not in (BOOK, LOCK)]
 
     def _clear(self) -> None:
         """Empty the work directory. The book is struck out first and goes last; neither takes room on a full disk."""
@@ -443,10 +438,6 @@ def _marked(place: Path) -> str | None:
         return read_marker(place).get("id")
     except CheckpointError:
         return None
-
-
-def _below(name: str, places: set[str]) -> bool:
-    return any(name == place or name.startswith(place + "/") for place in places)
 
 
 def _link(source: str, target: str) -> str:
