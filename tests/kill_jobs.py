@@ -226,10 +226,13 @@ def serve(place: Path) -> None:
         asked = json.loads(line)
         read, write = os.pipe()
         if (pid := os.fork()) == 0:
+            os.setsid()
             answer = json.dumps(child(place, asked)).encode()
             os.write(write, answer[: 1 << 15])  # within what a pipe holds
             os._exit(0)
         os.waitpid(pid, 0)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # helper processes of a killed job live on otherwise
         os.write(write, b"\n")
         talk.write(os.read(read, 1 << 16).decode().strip() or json.dumps({"killed": True}))
         talk.write("\n")

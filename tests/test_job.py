@@ -475,7 +475,8 @@ def test_a_helper_process_holds_no_lock(tmp_path):
         job.begin()
         read, write = os.pipe()
         if (pid := os.fork()) == 0:
-            os.read(read, 1)
+            os.close(write)
+            os.read(read, 1)  # until the test is over, however it ends
             os._exit(0)
         job.step("first", lambda: 1)
         job._lock.release()  # as the system does for a killed process

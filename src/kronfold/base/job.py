@@ -70,7 +70,7 @@ class Job:
         self.checks, self.together = list(checks), together
         self.steps: dict[str, Any] = {}
         self.damaged: list[str] = []
-        self.resumed = self.begun = self.finished = False
+        self.resumed = self.begun = self.finished = self._anew = False
         self._book: dict[str, Any] = {}
         self._lock: Lock | None = None
         self._started = time.monotonic()
@@ -127,9 +127,6 @@ class Job:
 
     def _on_main(self, work: Callable[[], T]) -> T:
         return processes.on_main(work) if self.together else work()
-
-    def _is_main(self) -> bool:
-        return not self.together or processes.is_main()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lock": None, "checks": []}
@@ -212,6 +209,9 @@ class Job:
                 self._lock.note_holder()
                 return self._begin_locked(facts, read)
             except BaseException:
+                with contextlib.suppress(OSError):
+                    if self._anew:
+                        self._clear()
                 self._let_go()
                 raise
 
@@ -239,6 +239,7 @@ class Job:
                 self._grow(fingerprint)  # killed while it linked
             self._take_stock()
             return {name: step["value"] for name, step in self._book["steps"].items()}, True, False
+        self._anew = True
         self._clear()
         self._book = {
             "schema": _SCHEMA, "kind": self.kind, "id": uuid.uuid4().hex, "resumable": self.resumable,
@@ -307,7 +308,7 @@ class Job:
         if name not in self.steps:
             found = processes.from_main(do()) if self.together else do()
             self.steps[name] = json.loads(json.dumps(found))
-            if self._is_main():
+            if not self.together or processes.is_main():
                 self._book["steps"][name] = {"value": self.steps[name], "files": self._listed(keeps)}
                 self._write()
         return self.steps[name]
@@ -321,9 +322,8 @@ class Job:
         """Remove files or directories that step `name` left and nobody needs any more."""
 
         def work() -> None:
-            gone = {str(path.relative_to(self.work)) for path in paths}
             files = self._book["steps"][name]["files"]
-            kept = {file: facts for file, facts in files.items() if not _below(file, gone)}
+            kept = {f: facts for f, facts in files.items() if not {self.work / f, *(self.work / f).parents} & {*paths}}
             if kept != files:
                 self._book["steps"][name]["files"] = kept
                 self._write()
@@ -390,8 +390,8 @@ class Job:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if self._is_main() and self._lock is not None:
-            worth = self.resumable and (bool(self.steps) or any(self._left()))
+        if self._lock is not None:
+            worth = self.resumable and (self.steps or set(files_below(self.work)) - {BOOK, LOCK})  # to go on from
             try:
                 if self.finished or (error is not None and not worth):
                     with contextlib.suppress(OSError, OutputError):  # what stays is cleared away by the next job here
@@ -401,18 +401,13 @@ class Job:
         if isinstance(error, Interrupted) and self.begun and self.work.exists():
             error.kept = self.work
 
-    def _left(self) -> list[str]:
-        """Files that a killed job could go on from."""
-        return [name for name in files_below(self.work) if name not in (BOOK, LOCK)]
-
     def _clear(self) -> None:
         """Empty the work directory. The book is struck out first and goes last; neither takes room on a full disk."""
         if not _names(self.work):
             return
-        if (self.work / BOOK).exists():
+        with contextlib.suppress(FileNotFoundError):
             (self.work / BOOK).replace(self.work / STRUCK)
-        else:
-            (self.work / STRUCK).touch()
+        (self.work / STRUCK).touch()
         for path in self.work.iterdir():
             if path.name not in (STRUCK, LOCK):
                 remove(path)
@@ -422,9 +417,10 @@ class Job:
         """Give up the lock, and the work directory if nothing is in it."""
         if self._lock is None:
             return
-        if _names(self.work) == []:
-            with contextlib.suppress(OSError):
-                (self.work / LOCK).unlink()
+        with contextlib.suppress(OSError):
+            if not _names(self.work):
+                for path in self.work.iterdir():  # the lock, and what a killed writer of the book left
+                    path.unlink()
                 self.work.rmdir()
         self._lock.release()
         self._lock = None
@@ -443,10 +439,6 @@ def _marked(place: Path) -> str | None:
         return read_marker(place).get("id")
     except CheckpointError:
         return None
-
-
-def _below(name: str, places: set[str]) -> bool:
-    return any(name == place or name.startswith(place + "/") for place in places)
 
 
 def _link(source: str, target: str) -> str:
