@@ -203,7 +203,7 @@ def _edited(place: Path, tmp_path: Path, change) -> Path:
     [
         (lambda w: w.pop("transformer.ln_f.weight"), "missing: transformer.ln_f.weight"),
         (lambda w: w.update({"transformer.wpe.weight": torch.zeros(64, 31)}), "wrong shape: transformer.wpe.weight"),
-        (lambda w: w.pop(f"{C_FC}.a"), rf"{C_FC}.a: missing"),
+        (lambda w: w.pop(f"{C_FC}.a.weight"), rf"{C_FC}.a.weight: missing"),
         (lambda w: w.pop(f"{C_FC}.weight"), rf"no guard: {C_FC}.weight"),
         (lambda w: w.update({"transformer.h.9.ln_1.weight": torch.zeros(32)}), "not in the config: .*h.9.ln_1"),
     ],
@@ -326,7 +326,7 @@ def test_a_head_that_files_name_otherwise(tmp_path):
     student = kf.compress(teacher, read(Recipe, recipe, "Recipe head"))
     write_model(student, None, tmp_path)
     assert {name for name in read_headers(tmp_path.glob("*.safetensors")) if name.startswith("embed_out.")} >= {
-        "embed_out.a", "embed_out.b", "embed_out.weight"
+        "embed_out.a.weight", "embed_out.b", "embed_out.weight"
     }  # fmt: skip
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(student))
 

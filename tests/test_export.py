@@ -173,9 +173,12 @@ CONFIG_FAULTS = {
     "other module": (lambda q: q["specs"].update({"transformer.h.9.x": q["specs"][C_FC]}), "no such module"),
 }
 WEIGHT_FAULTS = {
-    "missing factor": (lambda w: w.pop(f"{C_FC}.a"), f"{C_FC}.a: missing, expected shape"),
+    "missing factor": (lambda w: w.pop(f"{C_FC}.a.weight"), f"{C_FC}.a.weight: missing, expected shape"),
     "missing gather": (lambda w: w.pop("transformer.wte.weight"), "transformer.wte.weight: missing"),
-    "wrong rank": (lambda w: w.update({f"{C_FC}.a": w[f"{C_FC}.a"][:2].clone()}), r"shape \(2, .*expected \(4, "),
+    "wrong rank": (
+        lambda w: w.update({f"{C_FC}.a.weight": w[f"{C_FC}.a.weight"][:2].clone()}),
+        r"shape \(2, .*expected \(",
+    ),
     "dense weight": (lambda w: w.update({f"{C_FC}.weight": torch.zeros(2)}), "not part of this structure"),
 }
 

@@ -80,10 +80,11 @@ def _twin(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     if isinstance(layer, nn.Linear):
         return layer.weight, layer.bias
     if isinstance(layer, LowRankLinear):
-        factors = torch.cat([torch.eye(layer.spec.rank, dtype=torch.float64), layer.mix])
+        factors = torch.cat([torch.eye(layer.spec.rank, dtype=torch.float64), layer.mix.weight])
         rows = torch.eye(layer.out_features, dtype=torch.float64)[layer.gather_out.long()]
-        return rows @ factors @ layer.pivots, layer.bias
-    dense = sum(torch.kron(layer.a[k], layer.b[k]) for k in range(layer.a.shape[0]))
+        return rows @ factors @ layer.pivots.weight, layer.bias
+    a = layer.a.weight.reshape(layer.spec.rank, *layer.spec.a)
+    dense = sum(torch.kron(a[k], layer.b[k]) for k in range(layer.spec.rank))
     if layer.gather_in is not None:
         p_in = torch.eye(layer.in_features, dtype=dense.dtype)[layer.gather_in.long()]
         dense = dense @ p_in
@@ -317,7 +318,7 @@ def test_grouped_embedding_is_its_dense_twin(name):
     for group in embedding.groups:
         rows = group.rows
         if group.rank < 6:
-            columns = torch.cat([torch.eye(group.rank, dtype=torch.float64), group.mix], dim=1)
+            columns = torch.cat([torch.eye(group.rank, dtype=torch.float64), group.mix.weight], dim=1)
             rows = rows @ columns @ torch.eye(6, dtype=torch.float64)[group.gather.long()].T
         stored.append(rows)
     wide = torch.eye(11, dtype=torch.float64)[embedding.position.long()] @ torch.cat(stored)

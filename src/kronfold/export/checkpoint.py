@@ -14,7 +14,7 @@ from kronfold.base.files import explain_write_errors
 from kronfold.models.finite import check_finite
 from kronfold.models.load import faults_of
 from kronfold.models.place import read_specs
-from kronfold.models.stored_names import guards, is_guard, names_in_model
+from kronfold.models.stored_names import EarlierNames, guards, is_guard, names_in_model
 from kronfold.models.weight_files import read_headers
 from kronfold.structures.layer import structured_modules
 from kronfold.structures.permutations import is_permutation
@@ -31,9 +31,15 @@ def check_tensors(model: PreTrainedModel, specs: Mapping[str, Any], files: Itera
     transformers fills missing weights with random numbers and a warning; for factors that would be a silent ruin.
     """
     shapes = read_headers(files)
-    names, _ = names_in_model(model, shapes)  # what is converted belongs to no structure
+    names, converted = names_in_model(model, shapes)
     prefix = type(model).base_model_prefix + "."
     found = {name.removeprefix(prefix): (key, shapes[key]) for key, name in names.items()}
+    for made in converted:
+        if isinstance(made.converter, EarlierNames):  # no other belongs to a structure
+            (stored, _), *_ = made.sources
+            pieces = {key: torch.empty(shapes[key], device="meta") for key, _ in made.sources}
+            shape = tuple(made.convert(model, pieces)[made.first].shape)
+            found[made.first.removeprefix(prefix)] = (stored, shape)
     guarded = [key for key, name in names.items() if is_guard(model, name, shapes[key], specs)]
     faults = []
     for name in specs:

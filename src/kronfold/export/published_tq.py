@@ -148,7 +148,7 @@ def _linear(state: Mapping[str, Tensor], name: str, made: _Translated) -> None:
         "permute_in": gather_in is not None,
         "permute_out": gather_out is not None,
     }
-    made.tensors |= {f"{name}.a": a.transpose(1, 2), f"{name}.b": b, f"{name}.bias": bias}
+    made.tensors |= {f"{name}.a.weight": a.transpose(1, 2).flatten(0, 1), f"{name}.b": b, f"{name}.bias": bias}
     for side, gather in (("in", gather_in), ("out", gather_out)):
         if gather is not None:
             made.tensors[f"{name}.gather_{side}"] = gather

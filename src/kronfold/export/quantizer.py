@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "kronfold"
-FORMAT_VERSION = 2  # 2: a guard under the dense name of each compressed weight; 1 had none, and still loads
+# 2: a guard under the dense name of each compressed weight, and factors that are modules (`c_fc.pivots.weight`).
+# 1 had no guards and called such a factor `c_fc.pivots`; it still loads.
+FORMAT_VERSION = 2
 LOAD_WITH = "pip install kronfold, then `import kronfold` before from_pretrained"
 
 
@@ -99,9 +101,17 @@ class KronfoldQuantizer(HfQuantizer):
         _mark_initialised(model, specs)
         return model
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Called once the structured modules stand: how names in the files become those in the model."""
+        from kronfold.models.stored_names import earlier_names
+
+        return [*super().update_weight_conversions(weight_conversions, model), *earlier_names(model)]
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         from kronfold.export.checkpoint import check_gathers
+        from kronfold.models.stored_names import forget_earlier_names
 
+        forget_earlier_names(model)
         check_gathers(model)
         # The factors are ordinary floating-point parameters: .half(), .float() and full training stay allowed.
         model.is_quantized = False

@@ -6,6 +6,8 @@ model), and makes one tensor of several (the experts of Mixtral). Here its mappi
 A guard is a tensor of one byte that a compressed checkpoint holds under the dense name of each compressed weight.
 Without it, transformers without kronfold would take the model for a dense one and fill those weights with random
 numbers; with it, the shapes differ and it refuses by name. Our route knows the guards and skips them.
+
+Format version 1 (kronfold 0.3) called a factor `c_fc.pivots` that is `c_fc.pivots.weight` now; both names load.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    ConversionOps,
     PrefixChange,
     WeightConverter,
     WeightRenaming,
@@ -32,7 +35,7 @@ from transformers.core_model_loading import (
 )
 
 from kronfold.base.errors import CheckpointError
-from kronfold.structures.layer import read_by
+from kronfold.structures.layer import read_by, structured_modules
 
 GUARD_SHAPE = (1,)
 # Buffers of old versions of transformers: causal masks, rotary tables, positions. They are worked out anew.
@@ -63,12 +66,52 @@ class Converted:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
+class _TermsInRows(ConversionOps):
+    """A factor of several terms (terms, out, in) as one matrix (terms·out, in); a matrix stays what it is."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        (found,) = input_dict.values()
+        tensor = found[0] if isinstance(found, list) else found
+        return {kwargs["full_layer_name"]: tensor.flatten(0, -2) if tensor.dim() > 2 else tensor}
+
+
+class EarlierNames(WeightConverter):
+    """What makes the factors of format version 1 into the weights of the modules that hold them now."""
+
+    __slots__ = ()
+
+
+def earlier_names(model: nn.Module) -> list[EarlierNames]:
+    """For transformers' loading, and `names_in_model`: at most one entry, for all factors of `model` that are modules.
+
+    It meets names of version 1 alone. It must not be used for saving (`forget_earlier_names`).
+    """
+    leaves = {
+        name.rpartition(".")[2]
+        for _, layer in structured_modules(model)
+        for name, inner in layer.named_modules()
+        if isinstance(inner, nn.Linear)
+    }
+    if not leaves:
+        return []
+    return [EarlierNames(rf"^(.+\.(?:{'|'.join(sorted(leaves))}))$", r"\1.weight", [_TermsInRows()])]
+
+
+def forget_earlier_names(model: nn.Module) -> None:
+    """After loading: what is saved has the names of this version."""
+    used = getattr(model, "_weight_conversions", None)
+    if used:
+        model._weight_conversions = [entry for entry in used if not isinstance(entry, EarlierNames)]
+
+
 def names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> tuple[dict[str, str], list[Converted]]:
     """Stored name -> name in `model` for tensors that are only renamed (unknown ones too), and what is converted.
 
     The rules are those of transformers' loading (`core_model_loading`), prefix of the bare body included.
     """
-    mapping = get_model_conversion_mapping(model)
+    mapping = [*get_model_conversion_mapping(model), *earlier_names(model)]
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kronfold.base.errors import InputError, ShapeError
-from kronfold.structures.layer import StructuredEmbedding
+from kronfold.structures.layer import StructuredEmbedding, is_plain, product, product_weight
 from kronfold.structures.low_rank import ask_low_rank, pivoted
 from kronfold.structures.permutations import inverse, permuted
 from kronfold.structures.rates import linear, rates_for, tokens_of
@@ -208,12 +208,13 @@ def _checked(weighting: Weighting, shape: tuple[int, int]) -> tuple[Tensor, Tens
 class EmbeddingGroup(nn.Module):
     """`rows [I, mix]`, columns gathered: tokens of one group as `rank` columns of theirs and the others made from them.
 
-    Parameters: `rows` (size, rank), `mix` (rank, width - rank). Buffer (int32): `gather` (width,), where in
+    Parameter: `rows` (size, rank), a table to look up. Module: `mix`, an `nn.Linear` (width - rank -> rank) as logits
+    use it, whose weight is that matrix (rank, width - rank). Buffer (int32): `gather` (width,), where in
     [row, row · mix] each column stands. A group of full rank holds neither mix nor gather.
     """
 
     gather: Tensor | None
-    mix: nn.Parameter | None
+    mix: nn.Linear | None
 
     def __init__(
         self,
@@ -228,17 +229,16 @@ class EmbeddingGroup(nn.Module):
         self.rows = nn.Parameter(torch.empty(size, rank, device=device, dtype=dtype))
         nn.init.normal_(self.rows, std=0.02)
         full = rank == width
-        mix = None if full else nn.Parameter(torch.empty(rank, width - rank, device=device, dtype=dtype))
-        self.register_parameter("mix", mix)
-        if mix is not None:
-            nn.init.normal_(mix, std=rank**-0.5)
+        self.register_module("mix", None if full else product(width - rank, rank, device, dtype))
+        if self.mix is not None:
+            nn.init.normal_(self.mix.weight, std=rank**-0.5)
         self.register_buffer("gather", None if full else torch.arange(width, dtype=torch.int32, device=device))
 
     def expand(self, rows: Tensor) -> Tensor:
         """(..., rank) -> (..., width)."""
         if self.mix is None or self.gather is None:
             return rows
-        return permuted(torch.cat([rows, rows @ self.mix], dim=-1), self.gather)
+        return permuted(torch.cat([rows, rows @ product_weight(self.mix, self.width - self.rank)], dim=-1), self.gather)
 
     def permute_outputs(self, perm: Tensor) -> None:
         """Reorder the columns in place. perm: (width,)."""
@@ -253,7 +253,8 @@ class EmbeddingGroup(nn.Module):
         """`hidden · Eᵀ` for the tokens of this group: (..., width) -> (..., size)."""
         if self.mix is not None and self.gather is not None:
             own = permuted(hidden, inverse(self.gather))
-            hidden = own[..., : self.rank] + linear(own[..., self.rank :], self.mix)
+            rest = own[..., self.rank :]
+            hidden = own[..., : self.rank] + (linear(rest, self.mix.weight) if is_plain(self.mix) else self.mix(rest))
         return linear(hidden, self.rows)
 
 
@@ -264,8 +265,8 @@ class GroupedEmbedding(StructuredEmbedding):
         sizes: tokens in each group; they sum to V. ranks: rank of each group, at most its size and the width.
         embedding_dim: width of the looked-up vectors.
 
-    Parameters: `groups.i.rows`, `groups.i.mix`. Buffer (int32): `position` (V,), the place of a token in the order in
-    which the groups store them.
+    Parameters: `groups.i.rows`, `groups.i.mix.weight`. Buffer (int32): `position` (V,), the place of a token in the
+    order in which the groups store them.
 
     Raises:
         ShapeError: a rank beyond the width or the group, or unequal numbers of sizes and ranks.
@@ -349,13 +350,13 @@ class GroupedEmbedding(StructuredEmbedding):
     @classmethod
     def from_fit(cls, fit: Any, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Any:
         """`fit`: a a `GroupedEmbeddingFit`."""
-        new = cls(fit.spec.sizes, fit.spec.ranks, fit.spec.embedding_dim, device, dtype)
+        new = cls.from_spec(fit.spec.to_dict(), device, dtype)
         with torch.no_grad():
             new.position.copy_(fit.position)
             for group, (rows, mix, gather) in zip(new.groups, fit.groups, strict=True):
                 group.rows.copy_(rows)
                 if group.mix is not None and group.gather is not None:
-                    group.mix.copy_(mix)
+                    group.mix.weight.copy_(mix)
                     group.gather.copy_(gather)
         return new
 

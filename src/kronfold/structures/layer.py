@@ -2,6 +2,10 @@
 
 `StructuredLinear` and `StructuredEmbedding` are the bases of the layers of all structures. `FusedLinear` holds several
 linear maps of one input, as GPT-2's c_attn does.
+
+A factor that is a plain product is an `nn.Linear` inside its layer (`product`), so that adapters, quantisers, hooks and
+profilers find it. Fast ways to compute read its weight past the module; they are taken only while that changes nothing
+(`is_plain`). Otherwise the layer calls what stands there now.
 """
 
 from __future__ import annotations
@@ -24,6 +28,44 @@ Side = Literal["in", "out"]
 
 
 TOKEN_COUNTS = tuple(4**power for power in range(9))  # calls of 1 to 65,536 tokens, where a layer asks what it would do
+
+
+def product(
+    in_features: int, out_features: int, device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Linear:
+    """A factor as an `nn.Linear` without bias whose numbers are not drawn yet; its weight is (out, in)."""
+    # Built small: drawing numbers that are drawn again below would be slow, and would move torch's random state.
+    made = nn.Linear(1, 1, bias=False, device="meta")
+    made.in_features, made.out_features = in_features, out_features
+    made.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+    return made
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a factor is a stock `nn.Linear` that nobody listens to, so that its weight may be used past its call.
+
+    It is not once it was replaced (an adapter, a quantised layer), has hooks or a forward put over its own (weights
+    that are fetched for the call), or holds numbers that are no plain tensor.
+    """
+    return (
+        type(module) is nn.Linear
+        and type(module._parameters["weight"]) in (nn.Parameter, Tensor)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and "forward" not in module.__dict__
+    )
+
+
+def product_weight(module: nn.Module, in_features: int) -> Tensor:
+    """The matrix (out, in) that a factor multiplies by: its weight, or what a module that is not plain makes of the
+    identity."""
+    if is_plain(module):
+        return module.get_parameter("weight")
+    held = next((p for p in module.parameters() if p.is_floating_point()), None)
+    here = held is not None and not held.is_meta  # numbers on disk are fetched by the call
+    dtype, device = (torch.float32, None) if held is None else (held.dtype, held.device if here else None)
+    made: Tensor = module(torch.eye(in_features, dtype=dtype, device=device))
+    return made.t()
 
 
 class Structured(nn.Module):
@@ -120,7 +162,13 @@ class StructuredLinear(Structured, ABC):
 
     def kept(self, build: Callable[[], Tensor]) -> Tensor:
         """The kept weight, by `build` where there is none or it is stale."""
-        held = [tensor for tensor in (*self._parameters.values(), *self._buffers.values()) if tensor is not None]
+        owners = (self, *(module for module in self._modules.values() if module is not None))
+        held = [
+            tensor
+            for owner in owners
+            for tensor in (*owner._parameters.values(), *owner._buffers.values())
+            if tensor is not None
+        ]
         if any(tensor.is_inference() for tensor in held):  # their changes are not counted
             return build()
         state = [(tensor, tensor._version, tensor.data_ptr()) for tensor in held]
@@ -240,7 +288,7 @@ class FusedLinear(Structured):
 
     Args:
         parts: name -> layer (structured, or a dense `nn.Linear`), in the order of their outputs. Names become
-            submodules, so the state dict reads `c_attn.q.a`, `c_attn.k.a`, ...
+            submodules, so the state dict reads `c_attn.q.b`, `c_attn.k.b`, ...
     """
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfold.base.errors import RecipeError, ShapeError
-from kronfold.structures.layer import TOKEN_COUNTS, StructuredLinear
+from kronfold.structures.layer import TOKEN_COUNTS, StructuredLinear, is_plain, product, product_weight
 from kronfold.structures.permutations import drop_identity, permuted
 from kronfold.structures.rates import BACKWARD_MOVES, BACKWARD_PRODUCTS, Rates, linear, rates_for, rates_of, tokens_of
 from kronfold.structures.registry import Kind, Structure
@@ -131,7 +131,12 @@ def factor_is_faster(
 def apply_gathered(x: Tensor, pivots: Tensor, mix: Tensor, gather_out: Tensor | None, bias: Tensor | None) -> Tensor:
     """x (..., in) -> (..., out), by a gather of every token's outputs."""
     z = linear(x, pivots)
-    y = torch.cat([z, linear(z, mix)], dim=-1)
+    return in_order(z, linear(z, mix), gather_out, bias)
+
+
+def in_order(z: Tensor, rest: Tensor, gather_out: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The pivots' outputs z (..., rank) and the others' (..., out - rank), in the order of the outputs."""
+    y = torch.cat([z, rest], dim=-1)
     y = y if gather_out is None else permuted(y, gather_out)
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -256,8 +261,9 @@ class LowRankLinear(StructuredLinear):
         in_features, out_features, rank: sizes; rank at most the smaller of the two. bias: hold a bias.
         permuted: hold a gather for the output features.
 
-    Parameters: `pivots` P (rank, in), `mix` C (out - rank, rank), `bias` (out,) or None. Buffer (int32): `gather_out`
-    (out,), where in [z, C z] each output stands; None where they stand in that order.
+    Modules: `pivots`, an `nn.Linear` (in -> rank) whose weight is P, and `mix` (rank -> out - rank), whose weight is C;
+    either may be replaced (an adapter, a quantised layer). Parameter: `bias` (out,) or None. Buffer (int32):
+    `gather_out` (out,), where in [z, C z] each output stands; None where they stand in that order.
 
     Raises:
         ShapeError: impossible sizes.
@@ -266,8 +272,8 @@ class LowRankLinear(StructuredLinear):
     """
 
     structure = "low_rank"
-    pivots: nn.Parameter
-    mix: nn.Parameter
+    pivots: nn.Linear
+    mix: nn.Linear
     gather_out: Tensor | None
 
     def __init__(
@@ -283,49 +289,58 @@ class LowRankLinear(StructuredLinear):
         super().__init__()
         self.spec = LowRankSpec(out_features, in_features, rank, permuted)
         self.in_features, self.out_features = in_features, out_features
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.pivots = nn.Parameter(torch.empty(rank, in_features, **factory))
-        self.mix = nn.Parameter(torch.empty(out_features - rank, rank, **factory))
+        self.pivots = product(in_features, rank, device, dtype)
+        self.mix = product(rank, out_features - rank, device, dtype)
         self.add_bias(bias, device, dtype)
         identity = torch.arange(out_features, dtype=torch.int32, device=device)
         self.register_buffer("gather_out", identity if permuted else None)
-        nn.init.normal_(self.pivots, std=1 / math.sqrt(3 * in_features))  # rows as a fresh nn.Linear has them
-        nn.init.normal_(self.mix, std=1 / math.sqrt(rank))
+        nn.init.normal_(self.pivots.weight, std=1 / math.sqrt(3 * in_features))  # rows as a fresh nn.Linear has them
+        nn.init.normal_(self.mix.weight, std=1 / math.sqrt(rank))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features); returns (..., out_features)."""
+        if not self._plain():
+            z = self.pivots(x)
+            return in_order(z, self.mix(z), self.gather_out, self.bias)
+        pivots, mix = self.pivots.weight, self.mix.weight
         tokens, rates = tokens_of(x), rates_for(x)
         if self.may_keep() and self._by_factor(tokens, rates, kept=True):
-            return apply_factor(x, self.pivots, self.kept(self._factor), self.bias)
-        training = torch.is_grad_enabled() and (x.requires_grad or self.mix.requires_grad)
+            return apply_factor(x, pivots, self.kept(self._factor), self.bias)
+        training = torch.is_grad_enabled() and (x.requires_grad or mix.requires_grad)
         if self._by_factor(tokens, rates, training):
-            return apply_factor(x, self.pivots, self._factor(), self.bias)
-        return apply_gathered(x, self.pivots, self.mix, self.gather_out, self.bias)
+            return apply_factor(x, pivots, self._factor(), self.bias)
+        return apply_gathered(x, pivots, mix, self.gather_out, self.bias)
+
+    def _plain(self) -> bool:
+        return is_plain(self.pivots) and is_plain(self.mix)
 
     def _factor(self) -> Tensor:
-        return output_factor(self.mix, self.gather_out)
+        return output_factor(self.mix.weight, self.gather_out)
 
     def _by_factor(self, tokens: int, rates: Rates, training: bool = False, kept: bool = False) -> bool:
         gather = self.gather_out is not None
         return factor_is_faster(self.out_features, self.spec.rank, tokens, gather, rates, training, kept)
 
     def kept_shape(self) -> tuple[int, int] | None:
-        rates = rates_of(self.mix.device.type, self.mix.dtype)
+        if not self._plain():
+            return None
+        rates = rates_of(self.mix.weight.device.type, self.mix.weight.dtype)
         wanted = any(self._by_factor(tokens, rates, kept=True) for tokens in TOKEN_COUNTS)
         return (self.out_features, self.spec.rank) if wanted else None
 
     def dense_weight(self) -> Tensor:
-        weight = torch.cat([self.pivots, self.mix @ self.pivots])
+        pivots = product_weight(self.pivots, self.in_features)
+        weight = torch.cat([pivots, product_weight(self.mix, self.spec.rank) @ pivots])
         return weight if self.gather_out is None else weight[self.gather_out.long()]
 
     def permute_inputs(self, perm: Tensor) -> None:
         """Reorder the input features in place: the layer then takes `x[..., perm]` where it took x. perm: (in,)."""
         with torch.no_grad():
-            self.pivots.copy_(self.pivots[:, perm.to(self.pivots.device)])
+            self.pivots.weight.copy_(self.pivots.weight[:, perm.to(self.pivots.weight.device)])
 
     def permute_outputs(self, perm: Tensor) -> None:
         """Reorder the output features in place, bias included: the layer then returns `y[..., perm]`. perm: (out,)."""
-        perm = perm.to(self.pivots.device)
+        perm = perm.to(self.pivots.weight.device)
         gather = perm if self.gather_out is None else self.gather_out[perm]
         self.gather_out = drop_identity(gather.int())
         self.spec = replace(self.spec, permuted=self.gather_out is not None)
@@ -356,9 +371,9 @@ class LowRankLinear(StructuredLinear):
         s = fit.spec
         layer = cls(s.in_features, s.out_features, s.rank, bias is not None, device=device, dtype=dtype)
         with torch.no_grad():
-            layer.pivots.copy_(fit.pivots)
-            layer.mix.copy_(fit.mix)
-            layer.gather_out = fit.gather_out.to(layer.pivots.device, torch.int32)
+            layer.pivots.weight.copy_(fit.pivots)
+            layer.mix.weight.copy_(fit.mix)
+            layer.gather_out = fit.gather_out.to(layer.pivots.weight.device, torch.int32)
         layer.set_bias(bias)
         return layer
 

@@ -172,7 +172,7 @@ class SumLinear(StructuredLinear):
     Args:
         terms: structured layers without bias, of equal sizes. bias: hold a bias.
 
-    Parameters: those of the terms (`terms.0.pivots`, `terms.1.a`, ...), `bias` (out,) or None.
+    Parameters: those of the terms (`terms.0.pivots.weight`, `terms.1.b`, ...), `bias` (out,) or None.
 
     Raises:
         ShapeError: fewer than two terms, terms of different sizes, or a term with a bias of its own.

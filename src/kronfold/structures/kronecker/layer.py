@@ -15,7 +15,7 @@ from kronfold.structures.kronecker import matrix
 from kronfold.structures.kronecker.matrix import Fit, KroneckerSpec
 from kronfold.structures.kronecker.permutations import permuted_kronecker
 from kronfold.structures.kronecker.van_loan import nearest_kronecker, pruned_kronecker, with_equal_entries
-from kronfold.structures.layer import TOKEN_COUNTS, StructuredLinear
+from kronfold.structures.layer import TOKEN_COUNTS, StructuredLinear, is_plain, product, product_weight
 from kronfold.structures.levels import FactorizedEmbedding
 from kronfold.structures.permutations import drop_identity
 from kronfold.structures.rates import Rates, linear, rates_for, rates_of, tokens_of
@@ -34,7 +34,9 @@ class KroneckerLinear(StructuredLinear):
         permute_in: hold a gather for the input features. permute_out: the same for the output features.
         bias: hold a bias of out_a·out_b numbers.
 
-    Parameters: `a` (rank, out_a, in_a), `b` (rank, out_b, in_b), `bias` (out,) or None.
+    Module: `a`, an `nn.Linear` (in_a -> rank·out_a) whose weight is the A_k one below the other; it may be replaced (an
+    adapter, a quantised layer). Parameters: `b` (rank, out_b, in_b), which mixes few numbers at a time and is no plain
+    product, `bias` (out,) or None.
     Buffers (int32): `gather_in` (in,): A and B see `x[..., gather_in]`; `gather_out` (out,): the layer returns
     `y[..., gather_out]` of what they give. None where the side is not permuted.
 
@@ -43,7 +45,7 @@ class KroneckerLinear(StructuredLinear):
     """
 
     structure = "kronecker"
-    a: nn.Parameter
+    a: nn.Linear
     b: nn.Parameter
     gather_in: Tensor | None
     gather_out: Tensor | None
@@ -62,9 +64,8 @@ class KroneckerLinear(StructuredLinear):
         super().__init__()
         self.spec = KroneckerSpec(a, b, rank, permute_in, permute_out)
         self.in_features, self.out_features = self.spec.in_features, self.spec.out_features
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.a = nn.Parameter(torch.empty(rank, *self.spec.a, **factory))
-        self.b = nn.Parameter(torch.empty(rank, *self.spec.b, **factory))
+        self.a = product(self.spec.a[1], rank * self.spec.a[0], device, dtype)
+        self.b = nn.Parameter(torch.empty(rank, *self.spec.b, device=device, dtype=dtype))
         self.add_bias(bias, device, dtype)
 
         def identity(size: int) -> Tensor:
@@ -77,7 +78,7 @@ class KroneckerLinear(StructuredLinear):
     def reset_parameters(self) -> None:
         """Random factors whose dense weight has the spread of a fresh `nn.Linear`."""
         scale = (1.0 / (math.sqrt(3 * self.in_features * self.spec.rank))) ** 0.5
-        nn.init.normal_(self.a, std=scale)
+        nn.init.normal_(self.a.weight, std=scale)
         nn.init.normal_(self.b, std=scale)
 
     @classmethod
@@ -104,7 +105,7 @@ class KroneckerLinear(StructuredLinear):
             dtype=dtype,
         )
         with torch.no_grad():
-            layer.a.copy_(a)
+            layer.a.weight.copy_(a.flatten(0, 1))
             layer.b.copy_(b)
             if layer.gather_in is not None and perm_in is not None:
                 layer.gather_in.copy_(perm_in)
@@ -126,12 +127,19 @@ class KroneckerLinear(StructuredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features); returns (..., out_features)."""
+        if not is_plain(self.a):
+            return matrix.apply_a_first(x, self.a, self.b, self.gather_in, self.gather_out, self.bias)
         order = None
         if self.may_keep():
             order = self._order(tokens_of(x), rates_for(x), kept=True)
             if order.startswith("dense"):
                 return linear(x, self.kept(self.dense_weight), self.bias)
-        return matrix.apply(x, self.a, self.b, order, self.gather_in, self.gather_out, self.bias)
+        a = self.a.weight.view(self.spec.rank, *self.spec.a)
+        return matrix.apply(x, a, self.b, order, self.gather_in, self.gather_out, self.bias)
+
+    def factor_a(self) -> Tensor:
+        """The A_k as (rank, out_a, in_a)."""
+        return product_weight(self.a, self.spec.a[1]).reshape(self.spec.rank, *self.spec.a)
 
     def _order(self, tokens: int, rates: Rates, kept: bool) -> matrix.Order:
         """The fastest order without gradients."""
@@ -139,24 +147,26 @@ class KroneckerLinear(StructuredLinear):
         return matrix.fastest_order(s.a, s.b, s.rank, tokens, *gathers, rates, kept=kept)
 
     def kept_shape(self) -> tuple[int, int] | None:
-        rates = rates_of(self.a.device.type, self.a.dtype)
+        if not is_plain(self.a):
+            return None
+        rates = rates_of(self.b.device.type, self.b.dtype)
         orders = (self._order(tokens, rates, kept=True) for tokens in TOKEN_COUNTS)
         return self.spec.shape if any(order.startswith("dense") for order in orders) else None
 
     def dense_weight(self) -> Tensor:
         """The weight this layer stands for: (out_features, in_features), in the source's order of features."""
-        return matrix.dense_weight(self.a, self.b, self.gather_in, self.gather_out)
+        return matrix.dense_weight(self.factor_a(), self.b, self.gather_in, self.gather_out)
 
     def permute_inputs(self, perm: Tensor) -> None:
         """Reorder the input features in place: the layer then takes `x[..., perm]` where it took x. perm: (in,)."""
-        inverse = torch.argsort(perm.to(self.a.device))
+        inverse = torch.argsort(perm.to(self.b.device))
         gather = inverse if self.gather_in is None else inverse[self.gather_in.long()]
         self.gather_in = drop_identity(gather.int())
         self.spec = replace(self.spec, permute_in=self.gather_in is not None)
 
     def permute_outputs(self, perm: Tensor) -> None:
         """Reorder the output features in place, bias included: the layer then returns `y[..., perm]`. perm: (out,)."""
-        perm = perm.to(self.a.device)
+        perm = perm.to(self.b.device)
         gather = perm if self.gather_out is None else self.gather_out[perm]
         self.gather_out = drop_identity(gather.int())
         self.spec = replace(self.spec, permute_out=self.gather_out is not None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -205,10 +206,7 @@ def apply(
         return linear(x, dense_weight(a, b, gather_in, gather_out), bias)
 
     lead = x.shape[:-1]
-    if gather_in is not None:  # x, gathered and in the order the factors take it, in one movement: (n, in_b, in_a)
-        x = permuted(x, _block_order(gather_in, in_a, in_b)).view(-1, in_b, in_a)
-    else:
-        x = x.reshape(-1, in_a, in_b).transpose(1, 2).contiguous()
+    x = _entered(x, gather_in, in_a, in_b)
     if order == "dense_blocks":
         weight = _block_weight(a, b)
         weight = weight if gather_out is None else permuted(weight, gather_out, 0)
@@ -216,8 +214,7 @@ def apply(
 
     rows_are_outputs = False
     if order == "a_first":
-        t = linear(x, a.reshape(rank * out_a, in_a)).view(-1, in_b * rank, out_a)
-        y = mix(b.permute(1, 2, 0).reshape(out_b, in_b * rank).to(t.dtype), t)  # (n, out_b, out_a)
+        y = _mixed_by_b(linear(x, a.reshape(rank * out_a, in_a)), b)
     else:
         rows_are_outputs = out_b == 1 and gather_out is None  # then the product with A can add the bias
         inner_bias = bias if rows_are_outputs else None
@@ -232,7 +229,41 @@ def apply(
 
     if rows_are_outputs:
         return y.view(*lead, out_a)
-    if gather_out is None:  # y (n, out_b, out_a) in the order of the outputs, again in one movement
+    return _left(y, gather_out, bias, lead)
+
+
+def apply_a_first(
+    x: Tensor,
+    by_a: Callable[[Tensor], Tensor],
+    b: Tensor,
+    gather_in: Tensor | None = None,
+    gather_out: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`apply` in the order "a_first", with `by_a` as the product with A: (..., in_a) -> (..., rank·out_a)."""
+    in_b = b.shape[2]
+    y = _mixed_by_b(by_a(_entered(x, gather_in, x.shape[-1] // in_b, in_b)), b)
+    return _left(y, gather_out, bias, x.shape[:-1])
+
+
+def _entered(x: Tensor, gather_in: Tensor | None, in_a: int, in_b: int) -> Tensor:
+    """x (..., in), gathered and in the order the factors take it, in one movement: (n, in_b, in_a)."""
+    if gather_in is not None:
+        return permuted(x, _block_order(gather_in, in_a, in_b)).view(-1, in_b, in_a)
+    return x.reshape(-1, in_a, in_b).transpose(1, 2).contiguous()
+
+
+def _mixed_by_b(t: Tensor, b: Tensor) -> Tensor:
+    """t (n, in_b, rank·out_a), what A makes of the input: (n, out_b, out_a)."""
+    rank, out_b, in_b = b.shape
+    small = b.permute(1, 2, 0).reshape(out_b, in_b * rank).to(t.dtype)
+    return mix(small, t.reshape(t.shape[0], in_b * rank, t.shape[-1] // rank))
+
+
+def _left(y: Tensor, gather_out: Tensor | None, bias: Tensor | None, lead: Sequence[int]) -> Tensor:
+    """y (n, out_b, out_a) in the order of the outputs, again in one movement: (*lead, out)."""
+    _, out_b, out_a = y.shape
+    if gather_out is None:
         y = y.transpose(1, 2).reshape(*lead, out_b * out_a)
     else:
         place = gather_out if out_b == 1 else gather_out % out_b * out_a + gather_out // out_b
