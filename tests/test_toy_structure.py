@@ -34,7 +34,7 @@ from kronfold.planner.plan import Plan
 from kronfold.planner.recipe import Recipe
 from kronfold.planner.sensitivity import load_curves, save_curves, sensitivity
 from kronfold.report import page
-from kronfold.report.tables import plan_table
+from kronfold.report.plans import plan_table
 from kronfold.structures.layer import StructuredLinear
 from kronfold.structures.registry import STRUCTURES, Structure, register_structure
 from kronfold.structures.weighting import Weighting, check_weight
