@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -28,14 +30,27 @@ class Outer(Options):
     train: Inner = option(Inner)
 
 
-def call(*words: str) -> tuple[Outer | None, str, BaseException | None]:
+class Ready(Options):
+    rate: float = option(0.5, "How fast.", group="Training", gt=0)
+    words: tuple[str, ...] = option(("a", "b"), "Words.", group="Training", commas=True)
+    notes: tuple[str, ...] = option((), "Notes.", group="Training")
+
+
+class Others(Options):
+    both: tuple[str, str] | None = option(None, "Two at once.", group="Output")
+    numbers: tuple[int, ...] = option((0,), "Numbers.", group="How", commas=True, min_length=1)
+    none: tuple[str, ...] | None = option(None, "None, or some.", group="How", commas=True)
+    train: Ready = Ready(rate=0.25, words=("c",), notes=("kept",))
+
+
+def call(*words: str, options: type[Options] = Outer) -> tuple[Any, str, BaseException | None]:
     app, seen = typer.Typer(), []
 
-    def work(options: Outer, json: bool) -> None:
+    def work(given: Options, json: bool) -> None:
         """Does things."""
-        seen.append((options, json))
+        seen.append((given, json))
 
-    add_command(app, Outer, work, "work")
+    add_command(app, options, work, "work")
     result = CliRunner().invoke(app, list(words))
     return (seen[0][0] if seen else None), result.output, result.exception
 
@@ -82,3 +97,27 @@ def test_help_has_groups_defaults_and_no_field_without_an_option():
     ):
         assert words in text
     assert "--hidden" not in text
+
+
+def test_a_class_held_ready_made_gives_the_defaults():
+    options, _, _ = call(options=Others)
+    assert options == Others()
+    assert (options.train.rate, options.train.words, options.train.notes) == (0.25, ("c",), ("kept",))
+    text = call("--help", options=Others)[1]
+    assert "0.25" in text
+    assert "0.5" not in text
+
+
+def test_lists_in_one_word_and_two_words_at_once():
+    words = ["--both", "x", "y", "--numbers", "3, 4,", "--none", "", "--words", "d", "--notes", "n", "--notes", "m"]
+    options, _, _ = call(*words, options=Others)
+    train = Ready(rate=0.25, words=("d",), notes=("n", "m"))
+    assert options == Others(both=("x", "y"), numbers=(3, 4), none=(), train=train)
+    for wrong in ("", "1,x"):
+        assert "numbers" in str(call("--numbers", wrong, options=Others)[2])
+
+
+def test_groups_stand_in_one_order_whatever_that_of_the_fields():
+    text = call("--help")[1]
+    places = [text.index(f"─ {group} ─") for group in ("What", "How", "Training", "Output")]
+    assert places == sorted(places)
