@@ -100,7 +100,7 @@ def test_healing_tells_its_tokens(finished):
 def test_a_stopped_one_goes_on_and_ends_alike(where, finished, options, tmp_path, monkeypatch):
     _, document, _ = finished
     place, calls = tmp_path / "stopped", []
-    real_fit, real_heal = room.fit, progressive.heal_by
+    real_fit, real_heal = room.fit, progressive.heal
 
     def fit(*arguments, **keywords):
         calls.append("fit")
@@ -115,7 +115,7 @@ def test_a_stopped_one_goes_on_and_ends_alike(where, finished, options, tmp_path
         return real_heal(*arguments, **keywords)
 
     monkeypatch.setattr(room, "fit", fit)
-    monkeypatch.setattr(progressive, "heal_by", heal)
+    monkeypatch.setattr(progressive, "heal", heal)
     with pytest.raises(KeyboardInterrupt):
         run(options, place)
     resumed = run(options, place, resume=True)

@@ -93,7 +93,7 @@ def test_equal_seeds_give_equal_runs(finished, options, tmp_path):
 def test_a_stopped_run_goes_on_and_ends_alike(finished, options, tmp_path, monkeypatch):
     _, document = finished
     place = tmp_path / "stopped"
-    real, calls = progressive.heal_by, []
+    real, calls = progressive.heal, []
 
     def stops(*arguments, **keywords):
         calls.append(1)
@@ -101,7 +101,7 @@ def test_a_stopped_run_goes_on_and_ends_alike(finished, options, tmp_path, monke
             raise KeyboardInterrupt
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(progressive, "heal_by", stops)
+    monkeypatch.setattr(progressive, "heal", stops)
     with pytest.raises(KeyboardInterrupt):
         run(options, place)
     assert not place.exists()

@@ -161,7 +161,7 @@ def test_a_run_of_stages_resumed(options, tmp_path, monkeypatch):
     assert "2 of 4 (alt)" in shown(run_summary(document))
     assert "2 of 4 (alt)" in render(document)
 
-    real, calls = progressive.heal_by, []
+    real, calls = progressive.heal, []
 
     def stops(*arguments, **keywords):
         calls.append(1)
@@ -169,7 +169,7 @@ def test_a_run_of_stages_resumed(options, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(progressive, "heal_by", stops)
+    monkeypatch.setattr(progressive, "heal", stops)
     with pytest.raises(KeyboardInterrupt):
         run(options, tmp_path / "stopped")
     resumed = run(options, tmp_path / "stopped", resume=True)
