@@ -99,8 +99,8 @@ def test_a_run_goes_on_in_shards_and_out_of_them(together):
     ("setting", "job", "words"),
     [
         ({"FSDP_VERSION": "1"}, "kd", "set `fsdp_version: 2`"),
-        ({"FSDP_OFFLOAD_PARAMS": "true"}, "kd", "does not do fsdp_offload_params"),
-        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "kd", "does not do fsdp_activation_checkpointing"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "kd", "cannot use fsdp_offload_params"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "kd", "cannot use fsdp_activation_checkpointing"),
         ({}, "mate", "Method mate runs the student a second time.*DDP"),
     ],
 )

@@ -136,7 +136,7 @@ def sha256_of(*paths: str | Path) -> str:
 
 
 def sha256_of_source(source: str | Path) -> str:
-    """The same over a file, or all files of a directory sorted by path; of nothing for what is not on this machine."""
+    """The same over a file, or all files of a directory sorted by path; of no bytes for what is not on this machine."""
     path = Path(source)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return sha256_of(*(file for file in files if file.is_file()))

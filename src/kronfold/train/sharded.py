@@ -46,7 +46,7 @@ def check(method: Method) -> None:
         raise InputError("Only FSDP2 can split a student; set `fsdp_version: 2` in accelerate's configuration.")
     refused = [word for name, word in _REFUSED.items() if os.environ.get(name, "false").lower() not in ("false", "0")]
     if refused:
-        raise InputError(f"Healing under FSDP2 does not do {', '.join(refused)}; leave it out of the configuration.")
+        raise InputError(f"Healing under FSDP2 cannot use {', '.join(refused)}; leave it out of the configuration.")
     if method.makes_inputs:
         raise InputError(
             f"Method {method.config.method} runs the student a second time inside a step, on inputs of its own, which "

@@ -150,7 +150,7 @@ def with_equal_entries(fit: Fit) -> Fit:
     """The same approximation (`to_dense` unchanged) with rms(A_k) = rms(B_k) for every term k; zero terms stay zero.
 
     Krony-PT (arXiv 2412.12351) starts from a "modified Van Loan decomposition", in its summary an "adaptive
-    normalization" of the factors. How it normalises was not to be had when this was written; what follows is inferred:
+    normalization" of the factors. Its text does not say how it normalises; what follows is inferred:
     the product stays the nearest one, and its scale is shared out so that A_k and B_k have entries of equal root mean
     square. An optimiser with steps of one size for all entries (Adam) then changes both factors at one relative pace;
     with equal norms, as `nearest_kronecker` gives them, the few entries of B_k are hundreds of times larger than those
