@@ -94,7 +94,8 @@ def chunked_loss(
         all_logits = [name for name in needy if LOSSES.get(name).of_top_k is None]
         if all_logits:
             raise InputError(
-                f"The loss {all_logits[0]!r} compares all logits, and only the likeliest ones are given. Give the teacher itself, or drop this loss."
+                f"The loss {all_logits[0]!r} compares all logits, and only the likeliest are given. Give the teacher "
+                "itself, or drop this loss."
             )
     elif needy and (teacher_hidden is None or teacher_head is None):
         raise InputError(f"The loss {needy[0]!r} compares with a teacher, but none was given; pass one or drop it.")
