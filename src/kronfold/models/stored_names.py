@@ -92,7 +92,7 @@ def earlier_names(model: nn.Module) -> list[EarlierNames]:
         name.rpartition(".")[2]
         for _, layer in structured_modules(model)
         for name, inner in layer.named_modules()
-        if isinstance(inner, nn.Linear)
+        if isinstance(inner, nn.Linear) and all(inner is not part for part in layer.parts.values())
     }
     if not leaves:
         return []
@@ -103,7 +103,8 @@ def forget_earlier_names(model: nn.Module) -> None:
     """After loading: what is saved has the names of this version."""
     used = getattr(model, "_weight_conversions", None)
     if used:
-        model._weight_conversions = [entry for entry in used if not isinstance(entry, EarlierNames)]
+        kept = [entry for entry in used if not isinstance(entry, EarlierNames)]
+        model._weight_conversions = kept  # type: ignore[assignment]
 
 
 def names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> tuple[dict[str, str], list[Converted]]:
