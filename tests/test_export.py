@@ -172,13 +172,12 @@ CONFIG_FAULTS = {
     "other shape": (lambda q: q["specs"][C_FC].update(a=[16, 16]), r"describes a weight \(64, 32\)"),
     "other module": (lambda q: q["specs"].update({"transformer.h.9.x": q["specs"][C_FC]}), "no such module"),
 }
+A = f"{C_FC}.a.weight"  # the terms one below the other
 WEIGHT_FAULTS = {
-    "missing factor": (lambda w: w.pop(f"{C_FC}.a.weight"), f"{C_FC}.a.weight: missing, expected shape"),
+    "missing factor": (lambda w: w.pop(A), f"{A}: missing, expected shape"),
     "missing gather": (lambda w: w.pop("transformer.wte.weight"), "transformer.wte.weight: missing"),
-    "wrong rank": (
-        lambda w: w.update({f"{C_FC}.a.weight": w[f"{C_FC}.a.weight"][:2].clone()}),
-        r"shape \(2, .*expected \(",
-    ),
+    "wrong rank": (lambda w: w.update({f"{C_FC}.b": w[f"{C_FC}.b"][:2].clone()}), r"shape \(2, .*expected \(4, "),
+    "lost terms": (lambda w: w.update({A: w[A][:2].clone()}), r"shape \(2, .*expected \(128, "),
     "dense weight": (lambda w: w.update({f"{C_FC}.weight": torch.zeros(2)}), "not part of this structure"),
 }
 

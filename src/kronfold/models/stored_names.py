@@ -92,7 +92,7 @@ def earlier_names(model: nn.Module) -> list[EarlierNames]:
         name.rpartition(".")[2]
         for _, layer in structured_modules(model)
         for name, inner in layer.named_modules()
-        if isinstance(inner, nn.Linear)
+        if isinstance(inner, nn.Linear) and all(inner is not part for part in layer.parts.values())
     }
     if not leaves:
         return []

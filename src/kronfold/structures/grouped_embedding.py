@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kronfold.base.errors import InputError, ShapeError
-from kronfold.structures.layer import StructuredEmbedding, is_plain, product, product_weight
+from kronfold.structures.layer import StructuredEmbedding, plain_weight, product, product_weight
 from kronfold.structures.low_rank import ask_low_rank, pivoted
 from kronfold.structures.permutations import inverse, permuted
 from kronfold.structures.rates import linear, rates_for, tokens_of
@@ -254,7 +254,8 @@ class EmbeddingGroup(nn.Module):
         if self.mix is not None and self.gather is not None:
             own = permuted(hidden, inverse(self.gather))
             rest = own[..., self.rank :]
-            hidden = own[..., : self.rank] + (linear(rest, self.mix.weight) if is_plain(self.mix) else self.mix(rest))
+            mix = plain_weight(self.mix)
+            hidden = own[..., : self.rank] + (self.mix(rest) if mix is None else linear(rest, mix))
         return linear(hidden, self.rows)
 
 

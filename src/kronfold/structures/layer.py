@@ -5,7 +5,7 @@ linear maps of one input, as GPT-2's c_attn does.
 
 A factor that is a plain product is an `nn.Linear` inside its layer (`product`), so that adapters, quantisers, hooks and
 profilers find it. Fast ways to compute read its weight past the module; they are taken only while that changes nothing
-(`is_plain`). Otherwise the layer calls what stands there now.
+(`plain_weight`). Otherwise the layer calls what stands there now.
 """
 
 from __future__ import annotations
@@ -41,26 +41,28 @@ def product(
     return made
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether a factor is a stock `nn.Linear` that nobody listens to, so that its weight may be used past its call.
+def plain_weight(module: nn.Module | None) -> Tensor | None:
+    """The weight of a factor that is a stock `nn.Linear` nobody listens to, so that it may be used past its call.
 
-    It is not once it was replaced (an adapter, a quantised layer), has hooks or a forward put over its own (weights
+    None once the module was replaced (an adapter, a quantised layer), has hooks or a forward put over its own (weights
     that are fetched for the call), or holds numbers that are no plain tensor.
     """
-    return (
-        type(module) is nn.Linear
-        and type(module._parameters["weight"]) in (nn.Parameter, Tensor)
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        and "forward" not in module.__dict__
-    )
+    if type(module) is not nn.Linear:
+        return None
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return None
+    if "forward" in module.__dict__:
+        return None
+    weight = module._parameters["weight"]
+    return weight if type(weight) is nn.Parameter or type(weight) is Tensor else None
 
 
 def product_weight(module: nn.Module, in_features: int) -> Tensor:
     """The matrix (out, in) that a factor multiplies by: its weight, or what a module that is not plain makes of the
     identity."""
-    if is_plain(module):
-        return module.get_parameter("weight")
+    weight = plain_weight(module)
+    if weight is not None:
+        return weight
     held = next((p for p in module.parameters() if p.is_floating_point()), None)
     here = held is not None and not held.is_meta  # numbers on disk are fetched by the call
     dtype, device = (torch.float32, None) if held is None else (held.dtype, held.device if here else None)

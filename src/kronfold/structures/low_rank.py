@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfold.base.errors import RecipeError, ShapeError
-from kronfold.structures.layer import TOKEN_COUNTS, StructuredLinear, is_plain, product, product_weight
+from kronfold.structures.layer import TOKEN_COUNTS, StructuredLinear, plain_weight, product, product_weight
 from kronfold.structures.permutations import drop_identity, permuted
 from kronfold.structures.rates import BACKWARD_MOVES, BACKWARD_PRODUCTS, Rates, linear, rates_for, rates_of, tokens_of
 from kronfold.structures.registry import Kind, Structure
@@ -299,10 +299,11 @@ class LowRankLinear(StructuredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features); returns (..., out_features)."""
-        if not self._plain():
+        inner = self._modules  # attributes of a module are slow to read
+        pivots, mix = plain_weight(inner["pivots"]), plain_weight(inner["mix"])
+        if pivots is None or mix is None:
             z = self.pivots(x)
             return in_order(z, self.mix(z), self.gather_out, self.bias)
-        pivots, mix = self.pivots.weight, self.mix.weight
         tokens, rates = tokens_of(x), rates_for(x)
         if self.may_keep() and self._by_factor(tokens, rates, kept=True):
             return apply_factor(x, pivots, self.kept(self._factor), self.bias)
@@ -310,9 +311,6 @@ class LowRankLinear(StructuredLinear):
         if self._by_factor(tokens, rates, training):
             return apply_factor(x, pivots, self._factor(), self.bias)
         return apply_gathered(x, pivots, mix, self.gather_out, self.bias)
-
-    def _plain(self) -> bool:
-        return is_plain(self.pivots) and is_plain(self.mix)
 
     def _factor(self) -> Tensor:
         return output_factor(self.mix.weight, self.gather_out)
@@ -322,9 +320,10 @@ class LowRankLinear(StructuredLinear):
         return factor_is_faster(self.out_features, self.spec.rank, tokens, gather, rates, training, kept)
 
     def kept_shape(self) -> tuple[int, int] | None:
-        if not self._plain():
+        pivots, mix = plain_weight(self.pivots), plain_weight(self.mix)
+        if pivots is None or mix is None:
             return None
-        rates = rates_of(self.mix.weight.device.type, self.mix.weight.dtype)
+        rates = rates_of(mix.device.type, mix.dtype)
         wanted = any(self._by_factor(tokens, rates, kept=True) for tokens in TOKEN_COUNTS)
         return (self.out_features, self.spec.rank) if wanted else None
 

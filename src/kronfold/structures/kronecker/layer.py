@@ -15,7 +15,7 @@ from kronfold.structures.kronecker import matrix
 from kronfold.structures.kronecker.matrix import Fit, KroneckerSpec
 from kronfold.structures.kronecker.permutations import permuted_kronecker
 from kronfold.structures.kronecker.van_loan import nearest_kronecker, pruned_kronecker, with_equal_entries
-from kronfold.structures.layer import TOKEN_COUNTS, StructuredLinear, is_plain, product, product_weight
+from kronfold.structures.layer import TOKEN_COUNTS, StructuredLinear, plain_weight, product, product_weight
 from kronfold.structures.levels import FactorizedEmbedding
 from kronfold.structures.permutations import drop_identity
 from kronfold.structures.rates import Rates, linear, rates_for, rates_of, tokens_of
@@ -127,14 +127,15 @@ class KroneckerLinear(StructuredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features); returns (..., out_features)."""
-        if not is_plain(self.a):
+        a = plain_weight(self._modules["a"])  # an attribute of a module is slow to read
+        if a is None:
             return matrix.apply_a_first(x, self.a, self.b, self.gather_in, self.gather_out, self.bias)
         order = None
         if self.may_keep():
             order = self._order(tokens_of(x), rates_for(x), kept=True)
             if order.startswith("dense"):
                 return linear(x, self.kept(self.dense_weight), self.bias)
-        a = self.a.weight.view(self.spec.rank, *self.spec.a)
+        a = a.view(self.spec.rank, *self.spec.a)
         return matrix.apply(x, a, self.b, order, self.gather_in, self.gather_out, self.bias)
 
     def factor_a(self) -> Tensor:
@@ -147,7 +148,7 @@ class KroneckerLinear(StructuredLinear):
         return matrix.fastest_order(s.a, s.b, s.rank, tokens, *gathers, rates, kept=kept)
 
     def kept_shape(self) -> tuple[int, int] | None:
-        if not is_plain(self.a):
+        if plain_weight(self.a) is None:
             return None
         rates = rates_of(self.b.device.type, self.b.dtype)
         orders = (self._order(tokens, rates, kept=True) for tokens in TOKEN_COUNTS)
