@@ -23,6 +23,7 @@ from kronfold.base.errors import CheckpointError, InputError, RecipeError
 from kronfold.base.files import UNFINISHED, explain_write_errors, write_json
 from kronfold.base.job import Job
 from kronfold.base.progress import Progress, Report, State
+from kronfold.export.checkpoint import verify_written
 from kronfold.export.quantizer import attach
 from kronfold.fit.compress import check_objectives
 from kronfold.fit.fit import absorb_gathers, fit_rows, gathers_of, keep_layers
@@ -89,6 +90,7 @@ def compress_streaming(
             job.step(part, lambda part=part: stream.carry_out(part, job.result), keeps)  # type: ignore[misc]
         document = _document(stream, model, before, job)
         _finish(stream, place, tokenizer, job)
+        verify_written(job.result)
         job.finish(document)
     return document
 
