@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,16 @@ def configured(patch, place, **config):
     file.write_text(json.dumps(config))
     patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     patch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_stale_lock():
+    """A compiler that was killed leaves the lock of its extension, and everyone after it would wait for ever."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    for lock in Path(get_default_build_root()).rglob("lock"):
+        if time.time() - lock.stat().st_mtime > 300:
+            lock.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module", params=[1, 2])
