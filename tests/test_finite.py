@@ -276,7 +276,7 @@ def test_pre_training_that_diverges_stops_and_resumes_with_a_lower_rate(rows, tm
 
     with pytest.raises(DivergedError, match=r"the pre-training has diverged(.|\n)*--resume"):
         pretrain(config(learning_rate=1e30), tmp_path / "out")
-    assert (tmp_path / "out.partial" / "diverged.json").is_file()
+    assert (tmp_path / "out.partial" / "trainer" / "diverged.json").is_file()
     with pytest.raises(CheckpointError, match="diverged at step .* with learning rate 1e"):
         pretrain(config(learning_rate=1e30), tmp_path / "out", resume=True)
     with pytest.raises(CheckpointError, match=r"training\.batch_size was 4 and is now 2"):

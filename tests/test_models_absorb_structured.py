@@ -24,6 +24,7 @@ from absorb_models import (
     run,
     without_gathers,
 )
+from kronfold.export.quantizer import attach
 from kronfold.fit.fit import absorb_gathers, gathers_of
 from kronfold.models import absorb as ab
 from kronfold.models.cost import cost
@@ -215,6 +216,7 @@ def test_a_low_rank_writer_loses_its_gather(tmp_path):
     assert report == {"absorbed": 2, "remaining": [mlps[1] + "c_proj.gather_out"], "bytes": 4 * 32}
     assert_equal_logits(model, expected)
     assert all(layers[mlp + "c_fc"].gather_out is None for mlp in mlps)
+    attach(model)  # as `fit` does
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     assert gathers_of(loaded) == {**report, "absorbed": 0}

@@ -106,7 +106,7 @@ def test_a_lower_learning_rate_continues_from_before_it_went_wrong(tmp_path):
         heal(gpt2(0), teacher, data, learning_rate=1e-3, resume=True, seed=1, **options)
     assert steps_in(tmp_path) == bad  # a refusal deletes nothing
 
-    student = gpt2(5)
+    student = gpt2(0)
     found = heal(student, teacher, data, learning_rate=1e-3, resume=True, log_every=1, **options)
     assert found.resumed_from == 1  # checkpoint 2, made by a step at a rate of 250, was finite and ruined
     assert finite(student)

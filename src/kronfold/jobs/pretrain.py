@@ -157,7 +157,10 @@ def pretrain(
         blocks = _pack(texts, tokenizer, config)
         data = {split: _describe(texts[split], blocks[split]) for split in texts}
         settings = {**config.model_dump(mode="json"), "data_sha256": {split: data[split]["sha256"] for split in data}}
-        if job.begin(settings):
+        # What may change after a divergence is compared where the checkpoints are, see `checkpoints.prepare`.
+        facts = {key: value for key, value in settings.items() if key != "training"}
+        training = {name: value for name, value in settings["training"].items() if name not in checkpoints.CALMING}
+        if job.begin({**facts, **{f"training.{name}": value for name, value in training.items()}}):
             return job.document()
         place = job.work / "trainer"
         checkpoint = checkpoints.prepare(place, settings, job.resumed)

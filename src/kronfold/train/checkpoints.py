@@ -32,7 +32,9 @@ class Seal(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         processes.barrier()
-        processes.on_main(lambda: seal(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if checkpoint.is_dir():  # the watch may have kept a ruined one from being written
+            processes.on_main(lambda: seal(checkpoint))
 
 
 def seal(checkpoint: Path) -> None:
