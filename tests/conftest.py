@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["KRONFOLD_RATES"] = "builtin"  # the same orders of computing on every machine, whatever its user measured
@@ -15,6 +16,15 @@ import kronfold as kf
 import pico
 
 torch.set_num_threads(1)  # pico models: a second thread only waits
+SLOW = frozenset((Path(__file__).parent / "slow_tests.txt").read_text(encoding="utf-8").split())
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the slow tests (listed by scripts/slow_tests.py), and let the others come first."""
+    for item in items:
+        if f"{Path(item.fspath).name}::{item.originalname}" in SLOW:
+            item.add_marker("slow")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
 @pytest.fixture

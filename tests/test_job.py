@@ -474,10 +474,13 @@ def test_a_helper_process_holds_no_lock(tmp_path):
     with Job.open(tmp_path / "out", "test") as job:
         job.begin()
         read, write = os.pipe()
+        begun, begins = os.pipe()
         if (pid := os.fork()) == 0:
+            os.write(begins, b".")  # what runs in a forked process at its start has run
             os.close(write)
             os.read(read, 1)  # until the test is over, however it ends
             os._exit(0)
+        assert os.read(begun, 1) == b"."
         job.step("first", lambda: 1)
         job._lock.release()  # as the system does for a killed process
     with Job.open(tmp_path / "out", "test", resume=True) as job:
