@@ -54,8 +54,7 @@ class GroupedEmbeddingSpec:
                 "at least 1."
             )
         width = self.embedding_dim
-        too_high = [r > width or (r > size and r != width) for size, r in zip(self.sizes, self.ranks, strict=True)]
-        if any(too_high):
+        if any(r > width or (r > size and r != width) for size, r in zip(self.sizes, self.ranks, strict=True)):
             raise ShapeError(
                 f"Grouped embedding: ranks {list(self.ranks)} must not exceed the group sizes {list(self.sizes)}, nor "
                 f"the width {width}; a group that stays dense has rank {width} whatever its size."
@@ -437,8 +436,7 @@ class Grouped(Structure):
     def combined(self, slices: Sequence[Pair], chosen: Sequence[Any]) -> GroupedEmbeddingSpec:
         """Neighbours that both stay dense become one group."""
         width = slices[0][1]
-        sizes: list[int] = []
-        ranks: list[int] = []
+        sizes, ranks = list[int](), list[int]()
         for (size, _), choice in zip(slices, chosen, strict=True):
             rank = width if choice is None else choice.ranks[0]
             if ranks and ranks[-1] == rank == width:
