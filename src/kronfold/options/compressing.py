@@ -116,7 +116,8 @@ class DemoOptions(Resumable, Seeded, OnDevice):
     """Two ways to the same size on the model inside the package: `kronfold demo`."""
 
     output: str = output("Where the results go.", "kronfold-demo")
-    heal_tokens: int = option(200_000, "Healing budget of each track, in tokens.", group="Training", ge=1)
+    # 48 whole steps in all, so that every track heals on exactly as many tokens
+    heal_tokens: int = option(196_608, "Healing budget of each track, in tokens.", group="Training", ge=1)
 
 
 class CompareOptions(Resumable, Calibrated, SizeBudget, Measured, ReadsText, Seeded, OnDevice, OnBlocks, OfModel):
