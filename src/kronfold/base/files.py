@@ -136,7 +136,10 @@ def sha256_of(*paths: str | Path) -> str:
 
 
 def sha256_of_source(source: str | Path) -> str:
-    """The same over a file, or all files of a directory sorted by path; of no bytes for what is not on this machine."""
+    """Hex SHA-256 of a file, or of all files of a directory in the order of their paths.
+
+    What is not on this machine counts as empty.
+    """
     path = Path(source)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return sha256_of(*(file for file in files if file.is_file()))
@@ -145,7 +148,7 @@ def sha256_of_source(source: str | Path) -> str:
 def sha256_of_content(
     source: str | Path | None, known: dict[str, Any] | None = None, without: Iterable[Path] = ()
 ) -> str | None:
-    """One hash over all that a file or directory holds, names included; None for what is not on this machine.
+    """One hash of all that a file or directory holds, names included. None where there is nothing on this machine.
 
     Args:
         known: what was hashed before, by path, with size, time and inode of then; equal ones are not read again, and

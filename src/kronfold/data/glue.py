@@ -260,5 +260,8 @@ def _label(given: Any, task: Task, place: str) -> float:
     if not known:
         allowed = "a number" if not task.labels else ", ".join(f"{i} ({name})" for i, name in enumerate(task.labels))
         shown = f"the label {text!r}" if text and text != "None" else "no label"
-        raise DataError(f"{place} has {shown}; task {task.name} knows {allowed}. Test sets without labels do not do.")
+        raise DataError(
+            f"{place} has {shown}; task {task.name} knows {allowed}. A test set without labels cannot be used here; "
+            "give the train or dev file."
+        )
     return value

@@ -216,6 +216,7 @@ def text_of(row: dict[str, Any], columns: list[str], place: str, bad: BadRows) -
 
 
 def no_column(place: object, columns: list[str], found: Iterable[str]) -> str:
+    """The message for rows that have none of `columns`; `found`: the columns they have."""
     return (
         f"{place} has no column {' or '.join(repr(name) for name in columns)}. Columns found: "
         f"{', '.join(map(str, found)) or 'none'}. Name the one of the text with --text-column."
